@@ -1,0 +1,252 @@
+"""Configs: one ml_collections tree of named fields, a recipe a file, overridden field by field.
+
+A recipe is a Python file with `get_config() -> ConfigDict`, which starts from `default()` and says what
+differs. `resolve` finds it by path, or by name among the recipes that ship with the package.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+
+from jax_diffusion.errors import UserError, choose
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def default() -> ConfigDict:
+    """Every field a recipe may set, with its default."""
+    return ConfigDict(
+        {
+            "seed": 0,  # decides initialisation, data order, times, noise and dropout
+            "data": {
+                "source": "digits",  # digits, idx, folder, tfds, numpy, toy2d
+                "path": "",  # file or folder (tfds: its data_dir)
+                "eval_path": "",  # held-out data, where it lies elsewhere
+                "name": "",  # tfds dataset, or toy2d distribution
+                "size": (),  # (H, W); () keeps the images' own
+                "channels": 0,  # 1 or 3; 0 keeps the images' own
+                "crop": "center",
+                "labels": True,  # False trains unconditionally on labelled data
+                "flip": False,  # random horizontal flips
+                "holdout": 0.1,  # share kept for validation where there is no test set
+                "max_bytes": 8 << 30,  # larger folders are decoded batch by batch
+            },
+            "process": {
+                "schedule": {"name": "linear"},  # and its options, see schedules.make
+                "prediction": "epsilon",  # x0, epsilon, v, flow, score, edm
+                "weighting": {"name": "simple"},  # and its options, see weighting.make
+                "timesteps": {"name": "uniform"},  # and its options, see timesteps.make
+                "learn_variance": False,
+                "sigma_data": 0.5,
+            },
+            "model": {
+                "name": "unet",
+                "channels": 128,
+                "multipliers": (1, 2, 2, 2),
+                "blocks": 2,
+                "attention_levels": (1,),
+                "heads": 1,
+                "head_channels": 0,
+                "dropout": 0.0,
+                "scale_shift": False,
+                "resblock_updown": False,
+                "downsample_padding": (0, 1),
+                "time_embedding": "sinusoidal",
+                "cond_channels": 0,
+                "norm_eps": 1e-5,
+                "remat": False,
+                "dtype": "float32",
+            },
+            "optim": {
+                "learning_rate": 2e-4,
+                "schedule": "constant",  # constant, cosine, one_cycle, inverse_sqrt
+                "warmup": 1000,  # steps
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "clip": 1.0,  # global norm; 0 switches clipping off
+            },
+            "ema": {"decay": 0.9999, "warmup": True},
+            "train": {
+                "batch_size": 128,
+                "steps": 10_000,
+                "accumulate": 1,  # microbatches per step
+                "steps_per_dispatch": 1,  # steps compiled into one program
+                "label_dropout": 0.1,  # for classifier-free guidance
+                "log_every": 100,
+                "eval_every": 1000,  # 0 never
+                "eval_batches": 8,
+                "sample_every": 1000,  # 0 never
+                "checkpoint_every": 1000,
+                "keep": 2,  # the newest checkpoints kept, beside the best
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": ((".*", "largest"),)},
+            "sampling": {  # the grids drawn while training, and the defaults of `sample`
+                "solver": "ddim",
+                "steps": 50,
+                "grid": "",  # "" is the schedule's default
+                "guidance": 1.0,
+                "clip": True,  # x0_hat to [-1, 1]; False for points and latents
+                "num": 64,
+                "batch_size": 64,
+            },
+        }
+    )
+
+
+def mlp() -> ConfigDict:
+    """The model fields of the MLP, for recipes on points."""
+    return ConfigDict({"name": "mlp", "width": 128, "depth": 4})
+
+
+def named(name: str, **options: Any) -> ConfigDict:
+    """A component and its options, `named("min_snr", gamma=5.0)`, to replace a default one."""
+    return ConfigDict({"name": name, **options})
+
+
+def options(node: ConfigDict) -> dict[str, Any]:
+    """The options of a component: all its fields but the name."""
+    return {k: v for k, v in node.items() if k != "name"}
+
+
+def _recipes() -> dict[str, pathlib.Path]:
+    """The recipes that ship with the package, by name."""
+    here = pathlib.Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):  # installed; a checkout
+        if folder.is_dir():
+            return {p.stem: p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"}
+    return {}
+
+
+def resolve(name: str) -> ConfigDict:
+    """The config of a recipe, given by path ("configs/mnist.py") or by name ("mnist")."""
+    path = pathlib.Path(name)
+    if not path.is_file():
+        recipes = _recipes()
+        if path.suffix or len(path.parts) > 1:
+            raise UserError(f"--config={name}: there is no such file; shipped recipes: {', '.join(recipes)}")
+        path = recipes[choose("--config", name, recipes)]
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except Exception as e:
+        raise UserError(f"--config={name}: the recipe fails with {type(e).__name__}: {e}") from e
+
+
+def _parse(text: str) -> Any:
+    """A command-line value: a Python literal, else (1,2)-less tuples "64,64", else the text itself."""
+    lowered = {"true": True, "false": False, "none": None}
+    if text.lower() in lowered:
+        return lowered[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _cast(field: str, old: Any, new: Any) -> Any:
+    """`new` as the type of `old`; raises UserError where that would lose something."""
+    if isinstance(old, ConfigDict):
+        if isinstance(new, str) and "name" in old:
+            return named(new)  # --config.process.schedule=cosine
+        raise UserError(f"--config.{field}={new!r}: this is a group; set one of its fields: {', '.join(old)}")
+    if isinstance(old, bool) or isinstance(new, bool):
+        fits = isinstance(old, bool) and isinstance(new, bool)
+    elif isinstance(old, float):
+        fits = isinstance(new, int | float)
+        new = float(new) if fits else new
+    elif isinstance(old, tuple):
+        new = (new,) if isinstance(new, int | float) else new
+        new = tuple(new) if isinstance(new, list) else new
+        fits = isinstance(new, tuple)
+    elif isinstance(old, str):
+        fits, new = True, str(new)
+    elif isinstance(old, int) and isinstance(new, float) and new.is_integer():
+        fits, new = True, int(new)  # 1e4 steps
+    else:
+        fits = isinstance(new, type(old)) or old is None
+    if not fits:
+        raise UserError(f"--config.{field}={new!r} should be {type(old).__name__}, like {old!r}")
+    return new
+
+
+def _unknown(field: str, group: str, name: str, known: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(
+        f"--config.{field}: {group or 'the config'} has no field {name!r}: {hint}it has {', '.join(known)}"
+    )
+
+
+def _set(config: ConfigDict, field: str, value: Any) -> None:
+    *groups, last = field.split(".")
+    node = config
+    for depth, name in enumerate(groups):
+        if name not in node or not isinstance(node[name], ConfigDict):
+            raise _unknown(field, ".".join(groups[:depth]), name, list(node))
+        node = node[name]
+    if last in node:
+        value = _cast(field, node[last], value)
+        if isinstance(value, ConfigDict):
+            del node[last]  # a component is replaced with its options, not merged into the old one's
+    elif not (groups[:1] == ["process"] and "name" in node):  # a component's options are checked by its maker
+        raise _unknown(field, ".".join(groups), last, list(node))
+    with node.ignore_type():
+        node[last] = value
+
+
+def override(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
+    """Applies "--config.train.steps=100" arguments. Raises UserError on a wrong field or type."""
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    for argument in arguments:
+        if not argument.startswith("--config.") or "=" not in argument:
+            raise UserError(
+                f"{argument}: unknown argument; config fields are set as --config.train.steps=100"
+            )
+        field, value = argument.removeprefix("--config.").split("=", 1)
+        _set(config, field, _parse(value))
+    return config
+
+
+def _untupled(value: Any) -> Any:
+    return tuple(_untupled(v) for v in value) if isinstance(value, list) else value
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config saved by to_json; lists come back as the tuples they were."""
+
+    def restore(node):
+        if isinstance(node, dict):
+            return {k: restore(v) for k, v in node.items()}
+        return _untupled(node)
+
+    return ConfigDict(restore(json.loads(text)))
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """What changed, a line a field: "train.steps: 100 -> 200"."""
+
+    def flat(node, prefix=""):
+        for k, v in node.items():
+            yield from flat(v, f"{prefix}{k}.") if isinstance(v, ConfigDict) else [(prefix + k, v)]
+
+    a, b = dict(flat(old)), dict(flat(new))
+    return [
+        f"{k}: {a.get(k, '(unset)')} -> {b.get(k, '(unset)')}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]

@@ -1,0 +1,61 @@
+"""From a config to the parts of an experiment."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_diffusion import config as configs
+from jax_diffusion import models, process, schedules, solvers, timesteps
+from jax_diffusion.models import Network
+from jax_diffusion.process import Gaussian
+
+
+class Parts(NamedTuple):
+    network: Network
+    process: Gaussian
+    times: Any  # a sampler of timesteps.py
+
+
+def build(
+    config: configs.ConfigDict,
+    shape: tuple[int, ...],
+    num_classes: int,
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> Parts:
+    """The network, process and time sampler of a config, for samples of `shape` and `num_classes` (0: none)."""
+    p = config.process
+    network = models.make(
+        config.model.name,
+        shape,
+        num_classes=num_classes,
+        learn_variance=p.learn_variance,
+        constrain=constrain,
+        **configs.options(config.model),
+    )
+    gaussian = process.make(
+        schedules.make(p.schedule.name, **configs.options(p.schedule)),
+        p.prediction,
+        p.weighting.name,
+        learn_variance=p.learn_variance,
+        sigma_data=p.sigma_data,
+        **configs.options(p.weighting),
+    )
+    return Parts(network, gaussian, timesteps.make(p.timesteps.name, **configs.options(p.timesteps)))
+
+
+def default_table(config: configs.ConfigDict, gaussian: Gaussian) -> solvers.Table:
+    """The solver that config.sampling names."""
+    s = config.sampling
+    options = {"variance": "learned"} if gaussian.learn_variance and s.solver == "ddpm" else {}
+    return solvers.make(s.solver, gaussian.schedule, s.steps, s.grid or None, **options)
+
+
+def abstract_batch(shape: tuple[int, ...], num_classes: int, batch_size: int) -> dict[str, Any]:
+    """The shapes of one training batch: uint8 images (float32 points) and int32 labels."""
+    dtype = jnp.uint8 if len(shape) == 3 else jnp.float32
+    batch = {"image": jax.ShapeDtypeStruct((batch_size, *shape), dtype)}
+    if num_classes:
+        batch["label"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return batch

@@ -1,0 +1,104 @@
+"""Layers shared by the networks. Parameters and statistics are float32; `dtype` is what matmuls run in."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Dtype = jnp.dtype
+
+
+def zeros_init():
+    return nnx.initializers.zeros_init()
+
+
+def sinusoidal_embedding(t: jax.Array, features: int, max_period: float = 10_000.0) -> jax.Array:
+    """[cos, sin] of t at `features/2` geometric frequencies from 1 to 1/max_period: [B] -> [B, features].
+
+    Vaswani et al. 2017 with DDPM's conventions as guided-diffusion orders them (cosine first).
+    """
+    half = features // 2
+    freqs = jnp.exp(-math.log(max_period) / half * jnp.arange(half, dtype=jnp.float32))
+    angle = t.astype(jnp.float32)[:, None] * freqs[None]
+    out = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return jnp.pad(out, ((0, 0), (0, features % 2)))
+
+
+class FourierEmbedding(nnx.Module):
+    """[cos, sin] of 2 pi t w, w ~ N(0, scale^2) fixed at initialisation (Song et al. 2021, app. C; EDM).
+
+    The frequencies are stored with the parameters, so that they are saved, but are never trained.
+    """
+
+    def __init__(self, features: int, scale: float = 16.0, *, rngs: nnx.Rngs):
+        self.frequencies = nnx.Param(scale * jax.random.normal(rngs.params(), (features // 2,), jnp.float32))
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        w = jax.lax.stop_gradient(self.frequencies[...])
+        angle = 2 * jnp.pi * t.astype(jnp.float32)[:, None] * w[None]
+        return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def group_norm(channels: int, *, groups: int = 32, eps: float = 1e-5, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """GroupNorm in float32 with one-pass statistics; as many groups as divide the channels, up to `groups`."""
+    return nnx.GroupNorm(
+        channels,
+        num_groups=math.gcd(groups, channels),
+        epsilon=eps,
+        use_fast_variance=True,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def conv(cin, cout, size=3, *, stride=1, padding=None, zero=False, dtype=None, rngs) -> nnx.Conv:
+    """A square convolution, NHWC, padded to keep the size (or by `padding` on each side's (low, high))."""
+    pad = (size // 2, size // 2) if padding is None else padding
+    init = {"kernel_init": zeros_init()} if zero else {}
+    return nnx.Conv(
+        cin,
+        cout,
+        (size, size),
+        strides=(stride, stride),
+        padding=(pad, pad),
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+        **init,
+    )
+
+
+def dense(cin, cout, *, zero=False, dtype=None, rngs) -> nnx.Linear:
+    init = {"kernel_init": zeros_init()} if zero else {}
+    return nnx.Linear(cin, cout, dtype=dtype, param_dtype=jnp.float32, rngs=rngs, **init)
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest neighbour, twice the size, as a broadcast: no gather. [B, H, W, C] -> [B, 2H, 2W, C]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """The mean of 2x2 blocks. [B, H, W, C] -> [B, H/2, W/2, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+class Attention(nnx.Module):
+    """Self-attention over all positions with a residual, pre-normalised (DDPM, ADM). [B, H, W, C] -> same."""
+
+    def __init__(self, channels: int, heads: int, *, eps: float = 1e-5, dtype=None, rngs: nnx.Rngs):
+        self.heads = heads
+        self.norm = group_norm(channels, eps=eps, rngs=rngs)
+        self.qkv = dense(channels, 3 * channels, dtype=dtype, rngs=rngs)
+        self.out = dense(channels, channels, zero=True, dtype=dtype, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
+        q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
+        y = jax.nn.dot_product_attention(q, k, v)  # scaled once, softmax in float32
+        return x + self.out(y.reshape(b, h * w, c)).reshape(x.shape).astype(x.dtype)

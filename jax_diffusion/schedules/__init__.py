@@ -1,0 +1,80 @@
+"""Noise schedules: pure functions of time.
+
+A schedule says how much signal and noise a sample holds at time t,
+
+    x_t = alpha(t) x_0 + sigma(t) eps,        eps ~ N(0, I),                              (1)
+
+and everything else follows from the log signal-to-noise ratio
+
+    lambda(t) = log(alpha(t)^2 / sigma(t)^2)                                              (2)
+
+(Kingma et al. 2021, "Variational Diffusion Models", section 3). A schedule is therefore lambda(t) plus one
+of four *scalings*, which fix the pair (alpha, sigma) that has that ratio:
+
+    vp     alpha^2 + sigma^2 = 1        DDPM, VP-SDE, VDM
+    subvp  alpha^2 + sigma   = 1        sub-VP-SDE (Song et al. 2021)
+    ve     alpha             = 1        SMLD, VE-SDE, EDM
+    flow   alpha   + sigma   = 1        rectified flow, Stable Diffusion 3
+
+NumPy in, float64 NumPy out (solver tables); JAX in, float32 JAX out (training). Times are what the network
+is conditioned on: integers 0..T-1 for discrete models, [0, 1] for continuous ones, sigma itself for EDM.
+"""
+
+import jax
+
+from jax_diffusion.errors import UserError, choose
+from jax_diffusion.schedules.base import Schedule, Shifted, alpha_sigma_from_log_snr
+from jax_diffusion.schedules.continuous import EDM, VE, Cosine, Flow, LinearLogSNR, VPLinear
+from jax_diffusion.schedules.discrete import BETAS, Discrete, betas
+from jax_diffusion.schedules.learned import Learned
+
+__all__ = [
+    "BETAS",
+    "EDM",
+    "SCHEDULES",
+    "VE",
+    "Cosine",
+    "Discrete",
+    "Flow",
+    "Learned",
+    "LinearLogSNR",
+    "Schedule",
+    "Shifted",
+    "VPLinear",
+    "alpha_sigma_from_log_snr",
+    "betas",
+    "make",
+]
+
+
+def _discrete(name: str):
+    def build(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Discrete:
+        return Discrete(betas(name, int(steps), start, end))
+
+    return build
+
+
+SCHEDULES = {
+    **{name: _discrete(name) for name in BETAS},
+    "vp": VPLinear,
+    "subvp": lambda **kw: VPLinear(scaling="subvp", **kw),
+    "ve": VE,
+    "edm": EDM,
+    "flow": Flow,
+    "cosine_continuous": Cosine,
+    "linear_log_snr": LinearLogSNR,
+    "learned": lambda seed=0, **kw: Learned.init(jax.random.key(seed), **kw),
+}
+
+
+def make(name: str, *, shift: float = 1.0, **options) -> Schedule:
+    """The schedule called `name` in SCHEDULES. `shift` != 1 adapts it to a resolution (see Shifted).
+
+    >>> make("linear").alpha_bar[-1]        # 4.036e-05: what DDPM leaves of the signal
+    """
+    choose("schedule", name, SCHEDULES)
+    try:
+        schedule = SCHEDULES[name](**options)
+    except TypeError as e:
+        raise UserError(f"schedule={name!r} does not take these options: {e}") from None
+    return schedule if shift == 1.0 else Shifted(schedule, float(shift))

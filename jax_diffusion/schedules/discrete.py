@@ -1,0 +1,83 @@
+"""DDPM: a table of T betas."""
+
+import dataclasses
+
+import numpy as np
+from scipy.special import expit
+
+from jax_diffusion.errors import UserError, choose
+from jax_diffusion.schedules.base import Array, Schedule, namespace
+
+
+def betas(name: str = "linear", steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
+    """The beta_t of a discrete model, float64 [steps].
+
+    linear         Ho et al. 2020, section 4 (start and end are for 1,000 steps, as in the paper).
+    scaled_linear  linear in sqrt(beta): latent diffusion (start=0.00085, end=0.012).
+    cosine         Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999. Ignores start and end.
+    sigmoid        Xu et al. 2022 (GeoDiff): start + (end - start) sigmoid(u), u in [-6, 6].
+    geometric      log-spaced between start and end.
+    """
+    choose("schedule.betas", name, BETAS)
+    return BETAS[name](steps, start, end)
+
+
+def _cosine_betas(steps: int, start: float, end: float) -> np.ndarray:
+    u = np.arange(steps + 1) / steps
+    alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+BETAS = {
+    "linear": lambda n, a, b: np.linspace(a, b, n, dtype=np.float64),
+    "scaled_linear": lambda n, a, b: np.linspace(a**0.5, b**0.5, n, dtype=np.float64) ** 2,
+    "cosine": _cosine_betas,
+    "sigmoid": lambda n, a, b: a + (b - a) * expit(np.linspace(-6, 6, n, dtype=np.float64)),
+    "geometric": lambda n, a, b: np.geomspace(a, b, n, dtype=np.float64),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Discrete(Schedule):
+    """T steps given by betas: alpha_bar_t = prod_{s<=t} (1 - beta_s), alpha = sqrt(alpha_bar) (DDPM, eq. 4).
+
+    The table holds lambda in float64. Between the integers lambda is interpolated linearly, so that every
+    continuous solver runs on a discrete model; the derivative is that of the segment.
+    """
+
+    betas: np.ndarray  # float64 [T]
+    scaling = "vp"
+    t_min = 0.0
+
+    def __post_init__(self):
+        b = np.asarray(self.betas, np.float64)
+        if b.ndim != 1 or len(b) < 2 or not np.all((b > 0) & (b < 1)):
+            raise UserError("schedule.betas: at least two values, each strictly between 0 and 1, are needed")
+        object.__setattr__(self, "betas", b)
+
+    @property
+    def steps(self) -> int:
+        return len(self.betas)
+
+    @property
+    def t_max(self) -> float:
+        return float(self.steps - 1)
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """prod (1 - beta), float64 [T]."""
+        return np.cumprod(1 - self.betas)
+
+    @property
+    def log_snr_table(self) -> np.ndarray:
+        """lambda at the integers, float64 [T]; from log1p, so that 1 - alpha_bar loses no digits."""
+        log_alpha_bar = np.cumsum(np.log1p(-self.betas))
+        return log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
+
+    def log_snr(self, t: Array) -> Array:
+        xp, t = namespace(t)
+        return xp.interp(t, np.arange(self.steps), self.log_snr_table)
+
+    def inverse(self, log_snr: Array) -> Array:
+        xp, l = namespace(log_snr)
+        return xp.interp(-l, -self.log_snr_table, np.arange(self.steps, dtype=np.float64))

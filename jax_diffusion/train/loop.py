@@ -1,0 +1,169 @@
+"""The training run, top to bottom: data, model, shards, step, loop.
+
+The run is a function of (config, step): data order, times, noise and dropout at step n depend on n alone, so a
+resumed run repeats the uninterrupted one bit for bit.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jax_diffusion import config as configs
+from jax_diffusion import experiment, sharding
+from jax_diffusion.data import Batches
+from jax_diffusion.train import checkpoint, setup, state, step
+from jax_diffusion.train.interrupt import Interrupt
+from jax_diffusion.train.observe import Artist, Validator
+from jax_diffusion.train.report import Meter, count, duration
+from jax_diffusion.train.writers import MetricWriter
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    state: state.TrainState
+    val_loss: float | None
+    finished: bool  # False: stopped before train.steps, to be resumed
+
+
+def due(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` (0: never) lies in (before, now]."""
+    return every > 0 and now // every > before // every
+
+
+def _start(s: setup.Setup, checkpoints: checkpoint.Checkpointer, log):
+    """The state to start from and its shardings: made in its shards, or restored into them."""
+    key = jax.random.fold_in(jax.random.key(s.config.seed), 0)
+    if checkpoints.latest() is None:
+        return state.create(s.init, key, s.mesh, s.config.mesh.rules)
+    abstract = jax.eval_shape(s.init, key)
+    shardings = sharding.tree_shardings(s.mesh, abstract, s.config.mesh.rules)
+    place = lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh)  # noqa: E731
+    restored = checkpoints.restore(jax.tree.map(place, abstract, shardings))
+    log(f"resuming {s.workdir} at step {int(restored.step):,} of {s.config.train.steps:,}")
+    return restored, shardings
+
+
+def _compiler(s: setup.Setup, train_state, shardings, log):
+    """`compiled(k)`: the program for k steps in one dispatch, and the FLOPs of one step."""
+    t, cache = s.config.train, {}
+    train_step = step.make_train_step(
+        s.parts.network,
+        s.parts.process,
+        s.parts.times,
+        s.optimizer,
+        seed=s.config.seed,
+        flip=s.config.data.flip,
+        label_dropout=t.label_dropout,
+        accumulate=t.accumulate,
+        ema_decay=s.config.ema.decay,
+        ema_warmup=s.config.ema.warmup,
+    )
+    abstract_state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), train_state
+    )
+    stacked = t.steps_per_dispatch > 1
+
+    def compiled(k: int):
+        if k not in cache:
+            started = time.perf_counter()
+            batch = experiment.abstract_batch(s.shape, len(s.class_names), t.batch_size)
+            if stacked:
+                batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((k, *a.shape), a.dtype), batch)
+            run = step.several(train_step) if stacked else train_step
+            lowered = step.compile_step(run, shardings, s.mesh, leading=int(stacked)).lower(
+                abstract_state, batch
+            )
+            # The cost analysis counts the body of a loop once: of the steps in a dispatch one, as wanted,
+            # but also one of the microbatches.
+            flops = (lowered.cost_analysis() or {}).get("flops", 0.0) * t.accumulate
+            cache[k] = lowered.compile(), flops
+            log(
+                f"compiled in {time.perf_counter() - started:.1f} s, {count(flops / t.batch_size, 'FLOP')} an image"
+            )
+        return cache[k]
+
+    return compiled
+
+
+def train(
+    config: configs.ConfigDict | None,
+    workdir: str | pathlib.Path,
+    *,
+    stop_at: int | None = None,
+    log: Callable[[str], None] = print,
+) -> Outcome:
+    """Trains until config.train.steps, or `stop_at`, or Ctrl-C; resumes what `workdir` holds.
+
+    config: None resumes with the workdir's own.  log: called with each line meant for the user.
+    Raises UserError for whatever the user can mend.
+    """
+    workdir = pathlib.Path(workdir)
+    s = setup.prepare(setup.settle_config(config, workdir), workdir)
+    t = s.config.train
+    workdir.mkdir(parents=True, exist_ok=True)
+    setup.write_facts(s)
+    log(setup.describe(s))
+    writer = MetricWriter(workdir, active=jax.process_index() == 0)
+
+    with checkpoint.Checkpointer(workdir, t.keep) as checkpoints, Interrupt() as interrupt:
+        train_state, shardings = _start(s, checkpoints, log)
+        now = int(train_state.step)
+        end = min(t.steps, stop_at or t.steps)
+        val_loss, began = None, time.perf_counter()
+        if now < end:
+            compiled = _compiler(s, train_state, shardings, log)
+            validate = Validator(s, shardings) if t.eval_every and s.held_out is not None else None
+            draw = Artist(s, writer)
+            place = sharding.batch_sharding(s.mesh, leading=int(t.steps_per_dispatch > 1))
+            batches = Batches(
+                s.source, t.batch_size, s.config.seed, now,
+                steps_per_dispatch=t.steps_per_dispatch, sharding=place, stop_step=end,
+            )  # fmt: skip
+            _, flops = compiled(min(t.steps_per_dispatch, end - now))
+            meter = Meter(t.steps, t.batch_size, flops)
+
+            def record(records):
+                for r in records:
+                    scalars = {**r.scalars, "learning_rate": float(s.learning_rate(r.step))}
+                    writer.write_scalars(r.step, scalars)
+                    log(r.line)
+
+            with batches:
+                for _, batch in batches:
+                    k = min(t.steps_per_dispatch, end - now)
+                    train_state, metrics = compiled(k)[0](train_state, batch)
+                    meter.add(k, metrics)
+                    before, now = now, now + k
+                    last = now >= end or interrupt.requested
+                    if due(t.log_every, before, now):
+                        record(meter.roll(now, input_wait=batches.wait_share))
+                    evaluates = validate and (due(t.eval_every, before, now) or now == t.steps)
+                    draws = due(t.sample_every, before, now) or (t.sample_every and now == t.steps)
+                    saves = due(t.checkpoint_every, before, now) or last
+                    if evaluates or draws or saves:
+                        record(meter.flush(now))
+                        if evaluates:
+                            val_loss = validate(train_state.ema)
+                            writer.write_scalars(now, {"val_loss": val_loss})
+                            log(f"step {now:,}: validation loss {val_loss:.4f} (EMA weights, held-out data)")
+                        if draws:
+                            draw(now, train_state.ema)
+                        if saves:
+                            checkpoints.save(train_state, val_loss if evaluates else None)
+                        meter.restart_clock()
+                    if last:
+                        break
+        writer.close()
+    if now < t.steps:
+        why = f"stopped ({interrupt.requested})" if interrupt.requested else "stopped"
+        log(f"{why} and saved at step {now:,}; resume: jax-diffusion train --workdir={workdir}")
+    else:
+        log(
+            f"done: {now:,} steps in {duration(time.perf_counter() - began)}; weights in {workdir}/checkpoints"
+        )
+    return Outcome(now, train_state, val_loss, now >= t.steps)

@@ -1,0 +1,53 @@
+"""What a run shows of itself: the loss on held-out data and samples, both from the EMA weights."""
+
+import jax
+import numpy as np
+
+from jax_diffusion import io, sharding
+from jax_diffusion import model as models
+from jax_diffusion.train.setup import Setup, eval_indices
+from jax_diffusion.train.step import make_eval_step
+from jax_diffusion.train.writers import MetricWriter
+
+
+class Validator:
+    """`validator(ema) -> float`: the mean loss over eval_batches fixed batches at fixed times and noise."""
+
+    def __init__(self, s: Setup, shardings):
+        t, n = s.config.train, len(s.held_out)
+        self.batches = max(1, min(t.eval_batches, -(-n // t.batch_size)))
+        place = sharding.batch_sharding(s.mesh)
+        step = make_eval_step(s.parts.network, s.parts.process, s.parts.times, seed=s.config.seed)
+        self._step = jax.jit(step, in_shardings=(shardings.ema, place, None))
+        self._batch = lambda i: jax.device_put(s.held_out.batch(eval_indices(n, t.batch_size, i)), place)
+
+    def __call__(self, ema) -> float:
+        losses = [self._step(ema, self._batch(i), i) for i in range(self.batches)]
+        return float(np.mean(jax.device_get(losses)))
+
+
+class Artist:
+    """`artist(step, ema)`: a grid of samples into workdir/samples and TensorBoard. The seed never changes, so
+    that a film of the files shows one set of images sharpen."""
+
+    def __init__(self, s: Setup, writer: MetricWriter):
+        self.s, self.writer, self.options = s, writer, s.config.sampling
+        self.model = models.make(s.config, None, s.shape, s.class_names, 0, s.parts)
+        self.table = self.model.default_table()
+        # A row of ten digits, a row of five flowers: a column shows one class.
+        self.columns = len(s.class_names) if 1 < len(s.class_names) <= 20 else None
+
+    def __call__(self, step: int, ema) -> None:
+        labels = list(range(len(self.s.class_names))) or None
+        samples = self.model.with_params(ema, step).sample(
+            jax.random.key(self.s.config.seed),
+            self.table,
+            self.options.num,
+            labels=labels,
+            guidance=self.options.guidance,
+            batch_size=self.options.batch_size,
+            mesh=self.s.mesh,
+        )
+        if jax.process_index() == 0:
+            io.save_grid(self.s.workdir / "samples" / f"step_{step:08d}.png", samples, columns=self.columns)
+            self.writer.write_images(step, {"samples": io.grid(samples, columns=self.columns)})

@@ -1,0 +1,107 @@
+"""From a config and a workdir to everything a run is made of; every check a user may fail is made here."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jax_diffusion import config as configs
+from jax_diffusion import data, experiment, sharding
+from jax_diffusion.errors import UserError
+from jax_diffusion.train import optim, state
+
+# What a resumed run may not change: the same step would mean something else.
+FIXED = ("seed", "process.", "model.", "data.", "optim.", "ema.", "train.batch_size", "train.label_dropout")
+
+
+class Setup(NamedTuple):
+    """The parts of a run."""
+
+    config: configs.ConfigDict
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    source: data.Source
+    held_out: data.Source | None
+    shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    parts: experiment.Parts
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    init: Any  # key -> TrainState
+
+
+def settle_config(config: configs.ConfigDict | None, workdir: pathlib.Path) -> configs.ConfigDict:
+    """The config of the run: the given one, held against the one the workdir was started with."""
+    saved = workdir / "config.json"
+    if not saved.exists():
+        if config is None:
+            raise UserError(
+                f"--workdir={workdir} holds no run to resume: start one with --config, for instance --config=digits"
+            )
+        return config
+    old = configs.from_json(saved.read_text())
+    if config is None:
+        return old
+    bad = [line for line in configs.differences(old, config) if line.startswith(FIXED)]
+    if bad:
+        raise UserError(
+            f"--workdir={workdir} was started with another config ({'; '.join(bad)}): use another workdir, or "
+            "resume without --config"
+        )
+    return config
+
+
+def prepare(config: configs.ConfigDict, workdir: pathlib.Path) -> Setup:
+    """Opens the data, builds the network and checks what can be checked before anything is compiled."""
+    t = config.train
+    for field in ("steps", "batch_size", "accumulate", "steps_per_dispatch", "log_every", "checkpoint_every"):
+        if t[field] < 1:
+            raise UserError(f"--config.train.{field}={t[field]} must be at least 1")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sharding.check_batch(mesh, t.batch_size, t.accumulate)
+    optimizer, learning_rate = optim.make(config.optim, t.steps)
+
+    source = data.load(config.data, "train")
+    held_out = data.load(config.data, "eval") if t.eval_every else None
+    names = source.class_names if config.data.labels and source.num_classes else ()
+    parts = experiment.build(config, source.shape, len(names), sharding.activation_constraint(mesh))
+    experiment.default_table(config, parts.process)  # a wrong solver is said now, not at the first samples
+
+    init = state.make_init(parts.network, optimizer, parts.times, parts.process)
+    return Setup(
+        config, workdir, mesh, source, held_out, source.shape, names, parts, optimizer, learning_rate, init
+    )
+
+
+def describe(s: Setup) -> str:
+    """The run in one line."""
+    devices = jax.devices()
+    skipped = f", {len(s.source.skipped)} corrupt files skipped" if s.source.skipped else ""
+    what = "images" if len(s.shape) == 3 else "points"
+    return (
+        f"{s.source.name}: {len(s.source):,} {what} of {'x'.join(map(str, s.shape))}, "
+        f"{len(s.class_names) or 'no'} classes{skipped} | {s.config.model.name}, "
+        f"{s.parts.network.parameter_count():,} parameters | {len(devices)} {devices[0].device_kind} device(s)"
+    )
+
+
+def write_facts(s: Setup) -> None:
+    """What `sample` needs to know without the data: config.json and dataset.json."""
+    if jax.process_index() == 0:
+        facts = {
+            "name": s.source.name,
+            "shape": [int(n) for n in s.shape],
+            "class_names": list(s.class_names),
+            "train_examples": len(s.source),
+            "skipped": list(s.source.skipped),
+        }
+        (s.workdir / "config.json").write_text(configs.to_json(s.config))
+        (s.workdir / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def eval_indices(n: int, batch_size: int, batch: int) -> np.ndarray:
+    """The examples of validation batch number `batch`: always the same, wrapping where the set is small."""
+    return np.arange(batch * batch_size, (batch + 1) * batch_size) % n

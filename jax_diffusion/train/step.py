@@ -1,0 +1,145 @@
+"""The training step: a pure function (state, batch) -> (state, metrics), compiled once.
+
+    t, w ~ times;  x_t, target = q_sample(x_0, t);  L = mean w |F(x_t, t, c) - target|^2;  AdamW;  EMA.
+
+All randomness comes from fold_in(root, step), so step n of a run is the same however it was reached.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_diffusion import sharding
+from jax_diffusion.data import augment
+from jax_diffusion.models import Network
+from jax_diffusion.process import Gaussian
+from jax_diffusion.train import ema as ema_lib
+from jax_diffusion.train.state import TrainState
+
+Batch = dict[str, jax.Array]  # "image" [B, H, W, C] uint8 or float, "label" [B] int32, "cond_image" [B, ...]
+
+
+def drop_labels(key: jax.Array, label: jax.Array, null: int, rate: float) -> jax.Array:
+    """Replaces each label by `null` with probability `rate` (Ho & Salimans 2022, algorithm 1). [B] -> [B]."""
+    return jnp.where(jax.random.bernoulli(key, rate, label.shape), null, label)
+
+
+def conditions(batch: Batch, num_classes: int) -> dict[str, jax.Array]:
+    """What the network is conditioned on, of all a batch holds."""
+    cond = {}
+    if num_classes:
+        cond["label"] = batch["label"]
+    if "cond_image" in batch:
+        cond["image"] = augment.to_float(batch["cond_image"])
+    return cond
+
+
+def _microbatches(tree: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B/parts, ...] by strides, so that no sample changes its device."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def make_train_step(
+    network: Network,
+    process: Gaussian,
+    times,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    flip: bool = False,
+    label_dropout: float = 0.0,
+    accumulate: int = 1,
+    ema_decay: float = 0.9999,
+    ema_warmup: bool = True,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """One optimizer step. Times and noise are drawn for the whole batch before it is cut into `accumulate`
+    microbatches, so accumulation changes the memory and not the mathematics."""
+
+    def loss_fn(params, x_t, target, t, weight, cond, key):
+        inputs, c_noise = process.network_inputs(x_t, t)
+        prediction = network.apply(params, inputs, c_noise, cond, key=key)
+        loss = process.loss(prediction, target, x_t, t)
+        return jnp.mean(weight * loss), loss
+
+    def step(state: TrainState, batch: Batch):
+        # The stream starts at the seed; init uses the seed's own key, hence the fold by step + 1.
+        key = jax.random.fold_in(jax.random.key(seed), state.step + 1)
+        k_flip, k_time, k_noise, k_label, k_dropout = jax.random.split(key, 5)
+        x0 = augment.to_float(batch["image"])
+        if flip:
+            x0 = augment.random_flip(k_flip, x0)
+        n = x0.shape[0]
+        t, weight = times.sample(state.timesteps, k_time, n, process.schedule)
+        x_t, target = process.q_sample(k_noise, x0, t)
+        cond = conditions(batch, network.num_classes)
+        if label_dropout and "label" in cond:
+            cond["label"] = drop_labels(k_label, cond["label"], network.num_classes, label_dropout)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            (loss, losses), grads = grad_fn(state.params, x_t, target, t, weight, cond, k_dropout)
+        else:
+
+            def body(total, micro):
+                keys, rest = micro
+                (loss, losses), grads = grad_fn(state.params, *rest, keys)
+                return jax.tree.map(jnp.add, total, (loss, grads)), losses
+
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            parts = _microbatches((x_t, target, t, weight, cond), accumulate)
+            (loss, grads), losses = jax.lax.scan(body, zero, (jax.random.split(k_dropout, accumulate), parts))
+            loss, grads = jax.tree.map(lambda v: v / accumulate, (loss, grads))
+            losses = losses.swapaxes(0, 1).reshape(n)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_lib.decay_at(state.step, ema_decay, ema_warmup)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=ema_lib.update(state.ema, params, decay),
+            timesteps=times.update(state.timesteps, t, losses, process.schedule),
+        )
+        return new, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+    return step
+
+
+def several(step: Callable) -> Callable:
+    """K training steps in one dispatch: batches [K, B, ...], metrics the mean over the K."""
+
+    def run(state, batches):
+        state, metrics = jax.lax.scan(step, state, batches)
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    return run
+
+
+def compile_step(step: Callable, shardings: TrainState, mesh, leading: int = 0):
+    """The jitted step: the state donated and kept in its shards, the batch split, metrics replicated."""
+    return jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh, leading)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=(0,),
+    )
+
+
+def make_eval_step(network: Network, process: Gaussian, times, *, seed: int):
+    """`eval_step(params, batch, i) -> loss []`: the loss of batch i with times and noise that never change."""
+
+    def eval_step(params, batch, i):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        k_time, k_noise = jax.random.split(key)
+        x0 = augment.to_float(batch["image"])
+        t, weight = times.sample(times.init(process.schedule), k_time, x0.shape[0], process.schedule)
+        x_t, target = process.q_sample(k_noise, x0, t)
+        inputs, c_noise = process.network_inputs(x_t, t)
+        prediction = network.apply(params, inputs, c_noise, conditions(batch, network.num_classes))
+        return jnp.mean(weight * process.loss(prediction, target, x_t, t))
+
+    return eval_step

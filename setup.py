@@ -1,0 +1,46 @@
+"""Packaging. The version lives in jax_diffusion/version.py and nowhere else."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "jax_diffusion" / "version.py").read_text())[1]
+
+DATA = ["array_record", "scikit-learn>=1.4"]
+BENCH = ["torch>=2.6", "diffusers>=0.33"]
+
+setup(
+    name="jax_diffusion",
+    version=VERSION,
+    description="Diffusion models in JAX: one compiled program to train, one to sample.",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # The recipes ship inside the wheel, so that `--config=digits` works anywhere.
+    packages=[*find_packages(include=["jax_diffusion", "jax_diffusion.*"]), "jax_diffusion.configs"],
+    package_dir={"jax_diffusion.configs": "configs"},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12",
+        "tensorflow-datasets>=4.9.7",
+        "numpy>=2.0",
+        "clu>=0.0.12",
+        "ml-collections>=1.0",
+        "pillow>=10",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "data": DATA,
+        "bench": BENCH,
+        # An exact torch: the tests compare numbers, and this release has a CPU-only build.
+        "test": [*DATA, "pytest>=8", "ruff>=0.12", "torch==2.13.0", "diffusers>=0.33", "tensorboard"],
+    },
+    entry_points={"console_scripts": ["jax-diffusion=jax_diffusion.cli.main:main"]},
+)
