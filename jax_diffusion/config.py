@@ -5,7 +5,6 @@ differs. `resolve` finds it by path, or by name among the recipes that ship with
 """
 
 import ast
-import difflib
 import importlib.util
 import json
 import pathlib
@@ -14,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from jax_diffusion.errors import UserError, choose
+from jax_diffusion.errors import UserError, choose, did_you_mean
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -59,6 +58,7 @@ def default() -> ConfigDict:
                 "downsample_padding": (0, 1),
                 "time_embedding": "sinusoidal",
                 "cond_channels": 0,
+                "patch": 1,
                 "norm_eps": 1e-5,
                 "remat": False,
                 "dtype": "float32",
@@ -180,8 +180,7 @@ def _cast(field: str, old: Any, new: Any) -> Any:
 
 
 def _unknown(field: str, group: str, name: str, known: Iterable[str]) -> UserError:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(name, known)
     return UserError(
         f"--config.{field}: {group or 'the config'} has no field {name!r}: {hint}it has {', '.join(known)}"
     )
@@ -210,9 +209,7 @@ def override(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
     config.unlock()
     for argument in arguments:
         if not argument.startswith("--config.") or "=" not in argument:
-            raise UserError(
-                f"{argument}: unknown argument; config fields are set as --config.train.steps=100"
-            )
+            raise UserError(f"{argument}: unknown argument; config fields are set as --config.train.steps=100")
         field, value = argument.removeprefix("--config.").split("=", 1)
         _set(config, field, _parse(value))
     return config

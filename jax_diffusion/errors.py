@@ -13,6 +13,14 @@ def choose(option: str, value: str, choices: Iterable[str]) -> str:
     choices = sorted(choices)
     if value in choices:
         return value
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"{option}={value!r} is unknown: {hint}choose one of {', '.join(choices)}")
+    raise UserError(f"{option}={value!r} is unknown: {did_you_mean(value, choices)}choose one of {', '.join(choices)}")
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """ "did you mean 'ddim'? " for "ddmi", or "" where nothing is near. Of equals, swapped letters win."""
+
+    def likeness(choice):
+        return difflib.SequenceMatcher(None, str(value), choice).ratio(), sorted(choice) == sorted(str(value))
+
+    near = max(choices, key=likeness, default="")
+    return f"did you mean {near!r}? " if near and likeness(near)[0] >= 0.5 else ""

@@ -134,9 +134,7 @@ def _gather(x):
 def make(config, params, shape, class_names, step: int, parts: experiment.Parts) -> Model:
     """A Model around parameters one already has."""
     generate = _make_generate(parts.network, parts.process)
-    return Model(
-        config, parts.network, parts.process, params, tuple(shape), tuple(class_names), step, generate
-    )
+    return Model(config, parts.network, parts.process, params, tuple(shape), tuple(class_names), step, generate)
 
 
 def read_meta(workdir: str | pathlib.Path) -> tuple[configs.ConfigDict, dict[str, Any]]:

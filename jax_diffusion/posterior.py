@@ -9,6 +9,7 @@ The posterior is Gaussian (Kingma et al. 2021, app. A; DDPM eq. 6-7 when t = s +
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_diffusion.schedules import Discrete
 from jax_diffusion.shapes import per_sample
@@ -35,9 +36,7 @@ def posterior(schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array, s: jax.Arra
     """Mean [B, ...] and variance (t's shape) of q(x_s | x_t, x_0), 0 <= s < t."""
     alpha_t, sigma_t = schedule.alpha_sigma(t)
     alpha_s, sigma_s = schedule.alpha_sigma(s)
-    w_x, w_0, variance, _ = coefficients(
-        schedule.log_snr(t), schedule.log_snr(s), alpha_t, alpha_s, sigma_t, sigma_s
-    )
+    w_x, w_0, variance, _ = coefficients(schedule.log_snr(t), schedule.log_snr(s), alpha_t, alpha_s, sigma_t, sigma_s)
     return per_sample(w_x, x_t) * x_t + per_sample(w_0, x0) * x0, variance
 
 
@@ -49,19 +48,15 @@ def posterior_log_variances(schedule: Discrete, t: jax.Array) -> tuple[jax.Array
     beta = schedule.betas
     bar = schedule.alpha_bar
     tilde = beta[1:] * (1 - bar[:-1]) / (1 - bar[1:])
-    low = jnp.asarray(jnp.log(jnp.concatenate([tilde[:1], tilde])), jnp.float32)
-    high = jnp.asarray(jnp.log(beta), jnp.float32)
+    low = jnp.asarray(np.log(np.concatenate([tilde[:1], tilde])), jnp.float32)
+    high = jnp.asarray(np.log(beta), jnp.float32)
     return low[t], high[t]
 
 
 def normal_kl(mean1, log_var1, mean2, log_var2):
     """KL(N(mean1, exp log_var1) || N(mean2, exp log_var2)) elementwise, in nats; shapes must agree."""
     return 0.5 * (
-        log_var2
-        - log_var1
-        - 1.0
-        + jnp.exp(log_var1 - log_var2)
-        + jnp.square(mean1 - mean2) * jnp.exp(-log_var2)
+        log_var2 - log_var1 - 1.0 + jnp.exp(log_var1 - log_var2) + jnp.square(mean1 - mean2) * jnp.exp(-log_var2)
     )
 
 

@@ -88,9 +88,7 @@ class LogNormal:
         if isinstance(_base(schedule), Discrete):
             t = jnp.round(t)
         # EDM's objective has no ends; elsewhere time does.
-        return (t if schedule.scaling == "ve" else jnp.clip(t, schedule.t_min, schedule.t_max)), jnp.ones(
-            (n,)
-        )
+        return (t if schedule.scaling == "ve" else jnp.clip(t, schedule.t_min, schedule.t_max)), jnp.ones((n,))
 
     def update(self, state: Any, t: jax.Array, loss: jax.Array, schedule: Schedule) -> Any:
         return state

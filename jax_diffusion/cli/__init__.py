@@ -1,0 +1,1 @@
+"""The jax-diffusion command: one file a subcommand."""

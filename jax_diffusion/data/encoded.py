@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from jax_diffusion.data.images import Format, decode
-from jax_diffusion.progress import Progress
 from jax_diffusion.data.source import ArraySource, Source
 from jax_diffusion.errors import UserError
+from jax_diffusion.progress import Progress
 
 log = logging.getLogger("jax_diffusion.data")
 TINY = 1024  # bytes of a file below which decoding is all Python: one thread does 13,500/s, two 12,200/s
@@ -76,9 +76,7 @@ def open_encoded(
     if skipped:
         shown = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
         log.warning("%s: skipped %d corrupt of %d images: %s", name, len(skipped), len(items), shown)
-    return ArraySource(
-        images, labels if class_names else None, name=name, class_names=class_names, skipped=skipped
-    )
+    return ArraySource(images, labels if class_names else None, name=name, class_names=class_names, skipped=skipped)
 
 
 class _Reader:
@@ -102,8 +100,7 @@ class _Reader:
                     self.fmt = fmt._replace(channels=3)
                 return
         raise UserError(
-            f"config.data.path: none of the {len(items)} images in {name} can be decoded "
-            f"(the first is {items.name(0)})"
+            f"config.data.path: none of the {len(items)} images in {name} can be decoded (the first is {items.name(0)})"
         )
 
     @property

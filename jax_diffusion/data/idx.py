@@ -35,14 +35,10 @@ def read_idx(path: str | pathlib.Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"config.data.path: {path} cannot be read or is truncated ({error})") from error
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in DTYPES:
-        raise UserError(
-            f"config.data.path: {path} is no IDX file: it begins with {data[:4].hex() or 'nothing'}"
-        )
+        raise UserError(f"config.data.path: {path} is no IDX file: it begins with {data[:4].hex() or 'nothing'}")
     dtype, ndim = np.dtype(DTYPES[data[2]]), data[3]
     start = 4 + 4 * ndim
-    shape = struct.unpack(
-        f">{ndim}I", data[4:start].ljust(4 * ndim, b"\xff")
-    )  # a cut header declares too much
+    shape = struct.unpack(f">{ndim}I", data[4:start].ljust(4 * ndim, b"\xff"))  # a cut header declares too much
     wanted = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
     if len(data) - start != wanted:
         raise UserError(
@@ -66,9 +62,7 @@ def load(cfg: Any, split: str) -> Source:
     if cfg.labels and train_labels is not None and labels is None:
         raise UserError(f"config.data.path: {use} has no labels beside it, the training images have")
     if labels is not None and len(labels) != len(images):
-        raise UserError(
-            f"config.data.path: {use} holds {len(images)} images, its label file {len(labels)} labels"
-        )
+        raise UserError(f"config.data.path: {use} holds {len(images)} images, its label file {len(labels)} labels")
     if not test:
         chosen = split_indices(len(images), cfg.holdout, split, str(train))
         images, labels = images[chosen], None if labels is None else labels[chosen]
@@ -81,9 +75,7 @@ def _find(path: str) -> tuple[pathlib.Path, pathlib.Path | None]:
     """(training images, test images or None)."""
     root = pathlib.Path(path).expanduser()
     if not path or not root.exists():
-        raise UserError(
-            f"config.data.path={path!r} does not exist: give the folder of train-images-idx3-ubyte.gz"
-        )
+        raise UserError(f"config.data.path={path!r} does not exist: give the folder of train-images-idx3-ubyte.gz")
     if root.is_file():
         found = IMAGES.fullmatch(root.name)
         siblings = root.parent.iterdir() if found and found["part"] == "train" else []
@@ -115,8 +107,6 @@ def _labels_of(images: pathlib.Path) -> np.ndarray | None:
         if candidate != images.name and path.exists():
             labels = read_idx(path)
             if labels.ndim != 1 or labels.dtype.kind not in "iu":
-                raise UserError(
-                    f"config.data.path: {path} holds {labels.dtype} of shape {labels.shape}, not labels"
-                )
+                raise UserError(f"config.data.path: {path} holds {labels.dtype} of shape {labels.shape}, not labels")
             return labels
     return None

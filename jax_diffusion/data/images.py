@@ -27,9 +27,7 @@ class Format(NamedTuple):
         if size and (len(size) != 2 or any(not isinstance(s, (int, np.integer)) or s < 1 for s in size)):
             raise UserError(f"config.data.size={size} is not (height, width): give --config.data.size=64,64")
         if cfg.channels not in (0, 1, 3):
-            raise UserError(
-                f"config.data.channels={cfg.channels} is not 1 (grey), 3 (colour) or 0 (as found)"
-            )
+            raise UserError(f"config.data.channels={cfg.channels} is not 1 (grey), 3 (colour) or 0 (as found)")
         choose("config.data.crop", getattr(cfg, "crop", "center"), ("center",))
         return cls(size, cfg.channels)
 

@@ -57,13 +57,9 @@ def _read(path: str, max_bytes: int) -> tuple[np.ndarray, np.ndarray | None]:
     labels = None if label_key is None else arrays.pop(label_key)
     key = next((key for key in IMAGE_KEYS if key in arrays), next(iter(arrays)) if len(arrays) == 1 else None)
     if key is None:
-        raise UserError(
-            f"config.data.path={path!r} holds {', '.join(arrays)}: name the images {IMAGE_KEYS[0]!r}"
-        )
+        raise UserError(f"config.data.path={path!r} holds {', '.join(arrays)}: name the images {IMAGE_KEYS[0]!r}")
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
-        raise UserError(
-            f"config.data.path={path!r}: labels are {labels.dtype} {labels.shape}, not integers [N]"
-        )
+        raise UserError(f"config.data.path={path!r}: labels are {labels.dtype} {labels.shape}, not integers [N]")
     return arrays[key], labels
 
 
@@ -75,9 +71,7 @@ def _conform(images: np.ndarray, cfg: Any, path: str) -> np.ndarray:
     if images.dtype == np.uint8 and images.ndim in (3, 4):
         images = images[..., None] if images.ndim == 3 else images
         if images.shape[1] in (1, 3) and images.shape[3] > 4:
-            raise UserError(
-                f"config.data.path={path!r} is [N, C, H, W] {images.shape}: save x.transpose(0, 2, 3, 1)"
-            )
+            raise UserError(f"config.data.path={path!r} is [N, C, H, W] {images.shape}: save x.transpose(0, 2, 3, 1)")
         return fit(images, fmt, path)
     if images.dtype.kind != "f" or images.ndim < 2:
         raise UserError(
@@ -86,9 +80,7 @@ def _conform(images: np.ndarray, cfg: Any, path: str) -> np.ndarray:
         )
     head = images[:1024]
     if head.min() >= 0 and head.max() > 32:
-        raise UserError(
-            f"config.data.path={path!r} holds floats in 0..{head.max():.0f}: save images as uint8"
-        )
+        raise UserError(f"config.data.path={path!r} holds floats in 0..{head.max():.0f}: save images as uint8")
     own = tuple(images.shape[1:3]), images.shape[-1]
     if (fmt.size and fmt.size != own[0]) or (fmt.channels and fmt.channels != own[1]):
         raise UserError(

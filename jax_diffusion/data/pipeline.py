@@ -36,9 +36,7 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
       n: number of examples, >= 1.
     """
     if n < 1 or batch_size < 1 or step < 0:
-        raise ValueError(
-            f"batch_indices needs n, batch_size >= 1 and step >= 0, got {n=}, {batch_size=}, {step=}"
-        )
+        raise ValueError(f"batch_indices needs n, batch_size >= 1 and step >= 0, got {n=}, {batch_size=}, {step=}")
     position = step * batch_size
     end = position + batch_size
     parts = []
@@ -78,9 +76,7 @@ class Batches:
         stop_step: int | None = None,  # the last yield is shortened to end just before it (None: endless)
     ):
         if sharding is None and jax.process_count() > 1:
-            raise ValueError(
-                "Batches over several processes needs a sharding: without one they'd share nothing"
-            )
+            raise ValueError("Batches over several processes needs a sharding: without one they'd share nothing")
         if len(source) == 0:
             raise ValueError(f"Batches needs at least one example, {source.name} has none")
         self._queue: queue.Queue = queue.Queue(maxsize=max(1, prefetch))
@@ -152,10 +148,7 @@ def _make(
         lead = indices.shape if stacked else indices.shape[1:]
         yield (
             step,
-            {
-                key: _place(leaf.reshape(*lead, *leaf.shape[1:]), shape, sharding)
-                for key, leaf in flat.items()
-            },
+            {key: _place(leaf.reshape(*lead, *leaf.shape[1:]), shape, sharding) for key, leaf in flat.items()},
         )
         step += k
 

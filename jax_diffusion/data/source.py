@@ -11,9 +11,7 @@ import numpy as np
 
 from jax_diffusion.errors import UserError
 
-HOLDOUT_SEED = (
-    20_240_229  # Fixed for ever: another value would move eval images into old runs' training sets.
-)
+HOLDOUT_SEED = 20_240_229  # Fixed for ever: another value would move eval images into old runs' training sets.
 
 
 class Source(Protocol):
@@ -66,9 +64,7 @@ class ArraySource:
             return
         self.labels = np.asarray(labels, np.int32)
         if self.labels.shape != (len(images),):
-            raise UserError(
-                f"{name}: {len(images)} images but labels of shape {self.labels.shape}; one per image"
-            )
+            raise UserError(f"{name}: {len(images)} images but labels of shape {self.labels.shape}; one per image")
         top = int(self.labels.max(initial=-1)) + 1
         self.num_classes = num_classes or len(class_names) or top
         if self.labels.min(initial=0) < 0 or top > self.num_classes:
@@ -107,8 +103,6 @@ def split_indices(n: int, holdout: float, split: str, name: str) -> np.ndarray:
         )
     n_eval = max(1, round(n * holdout))
     if n_eval >= n:
-        raise UserError(
-            f"config.data.holdout={holdout} leaves no training image of the {n} in {name}; lower it"
-        )
+        raise UserError(f"config.data.holdout={holdout} leaves no training image of the {n} in {name}; lower it")
     order = np.random.default_rng(HOLDOUT_SEED).permutation(n)
     return np.sort(order[:n_eval] if split == "eval" else order[n_eval:])

@@ -47,9 +47,7 @@ def load(cfg: Any, split: str) -> Source:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise UserError(
-            "config.data.source='tfds' needs pip install tensorflow-datasets array_record"
-        ) from error
+        raise UserError("config.data.source='tfds' needs pip install tensorflow-datasets array_record") from error
     # From the files alone: tfds.builder and tfds.data_source would import the set's code, and download it.
     builder = tfds.builder_from_directory(_prepared(cfg))
     splits = builder.info.splits
@@ -88,9 +86,7 @@ def _prepared(cfg: Any) -> pathlib.Path:
             return max(found, key=lambda p: [int(d) for d in re.findall(r"\d+", p.name)])
         configs = sorted({p.parent.parent.name for p in below.glob("*/*/dataset_info.json")})
         if configs:
-            raise UserError(
-                f"config.data.name={cfg.name!r} has configs: choose {name}/{f', {name}/'.join(configs)}"
-            )
+            raise UserError(f"config.data.name={cfg.name!r} has configs: choose {name}/{f', {name}/'.join(configs)}")
     raise UserError(
         f"config.data.name={cfg.name!r} is not prepared in {root}; where tensorflow is installed, run: "
         f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{cfg.name}', data_dir='{root}', "
@@ -104,9 +100,7 @@ def _features(tfds: Any, info: Any, cfg: Any) -> tuple[str, str | None, tuple[st
     images = [key for key, f in features.items() if type(f) is tfds.features.Image]
     image = "image" if "image" in images else next(iter(images), None)
     if image is None or np.dtype(features[image].np_dtype).name not in ("uint8", "uint16"):
-        raise UserError(
-            f"config.data.name={cfg.name!r} has no 8- or 16-bit image among {', '.join(features)}"
-        )
+        raise UserError(f"config.data.name={cfg.name!r} has no 8- or 16-bit image among {', '.join(features)}")
     labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     label = "label" if "label" in labels else next(iter(labels), None)
     if label is None or not cfg.labels:

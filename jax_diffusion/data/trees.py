@@ -48,9 +48,7 @@ def open_tree(path: str, max_bytes: int) -> Tree:
     """
     root = pathlib.Path(path).expanduser()
     if not path or not root.exists():
-        raise UserError(
-            f"config.data.path={path!r} does not exist: give a folder of images, or a .tar or .zip"
-        )
+        raise UserError(f"config.data.path={path!r} does not exist: give a folder of images, or a .tar or .zip")
     if root.is_dir():
         return _folder(root)
     try:

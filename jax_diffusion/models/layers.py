@@ -86,6 +86,24 @@ def downsample(x: jax.Array) -> jax.Array:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
+def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
+    """Folds patch x patch pixels into channels: [B, H, W, C] -> [B, H/p, W/p, p p C]."""
+    if patch == 1:
+        return x
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // patch, w // patch, patch * patch * c)
+
+
+def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
+    """The inverse of space_to_depth."""
+    if patch == 1:
+        return x
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * patch, w * patch, c // patch**2)
+
+
 class Attention(nnx.Module):
     """Self-attention over all positions with a residual, pre-normalised (DDPM, ADM). [B, H, W, C] -> same."""
 

@@ -100,7 +100,7 @@ class UNet(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs, shape, out_channels, channels, multipliers, blocks, attention_levels,
                  heads, head_channels, dropout, scale_shift, resblock_updown, downsample_padding, time_embedding,
-                 num_classes, cond_channels, norm_eps, remat, dtype, constrain):  # fmt: skip
+                 num_classes, cond_channels, patch, norm_eps, remat, dtype, constrain):  # fmt: skip
         kw = {"dtype": dtype, "rngs": rngs}
         emb = 4 * channels
 
@@ -124,7 +124,7 @@ class UNet(nnx.Module):
             if num_classes
             else None
         )
-        self.stem = layers.conv(shape[-1] + cond_channels, channels, **kw)
+        self.stem = layers.conv((shape[-1] + cond_channels) * patch**2, channels, **kw)
 
         levels = list(enumerate(multipliers))
         down, up, grow = [], [], []
@@ -146,8 +146,8 @@ class UNet(nnx.Module):
                 grow.append(resize(width, "up"))
         self.down, self.up, self.grow = nnx.List(down), nnx.List(up), nnx.List(grow)
         self.norm = layers.group_norm(width, eps=norm_eps, rngs=rngs)
-        self.head = layers.conv(width, out_channels, zero=True, rngs=rngs)
-        self.channels, self.blocks, self.num_classes = channels, blocks, num_classes
+        self.head = layers.conv(width, out_channels * patch**2, zero=True, rngs=rngs)
+        self.channels, self.blocks, self.num_classes, self.patch = channels, blocks, num_classes, patch
         self.remat, self.dtype, self.constrain = remat, dtype, constrain
 
     def embedding(self, c_noise: jax.Array, cond: dict) -> jax.Array:
@@ -173,7 +173,7 @@ class UNet(nnx.Module):
 
         if "image" in cond:
             x = jnp.concatenate([x, cond["image"].astype(x.dtype)], axis=-1)
-        h = self.constrain(self.stem(x))
+        h = self.constrain(self.stem(layers.space_to_depth(x, self.patch)))
         skips = [h]
         for module in self.down:
             h = run(module, h)
@@ -185,7 +185,8 @@ class UNet(nnx.Module):
             level_done = (i + 1) % (self.blocks + 1) == 0
             if level_done and skips:
                 h = run(self.grow[i // (self.blocks + 1)], h)
-        return self.head(jax.nn.silu(self.norm(h))).astype(jnp.float32)
+        out = self.head(jax.nn.silu(self.norm(h))).astype(jnp.float32)
+        return layers.depth_to_space(out, self.patch)
 
 
 def unet(
@@ -204,6 +205,7 @@ def unet(
     time_embedding: str = "sinusoidal",  # or "fourier"
     num_classes: int = 0,  # 0: unconditional
     cond_channels: int = 0,  # channels of cond["image"], concatenated to the input
+    patch: int = 1,  # pixels a side that are folded into channels first (simple diffusion, section 2)
     learn_variance: bool = False,  # twice the output channels
     norm_eps: float = 1e-5,
     remat: bool = False,  # recompute each stage in the backward pass
@@ -214,11 +216,11 @@ def unet(
     choose("model.time_embedding", time_embedding, ("sinusoidal", "fourier"))
     choose("model.dtype", dtype, ("float32", "bfloat16"))
     height, width, image_channels = shape
-    stride = 2 ** (len(multipliers) - 1)
+    stride = patch * 2 ** (len(multipliers) - 1)
     if height % stride or width % stride:
         raise UserError(
             f"image size {height}x{width} does not divide by {stride}, which model.multipliers="
-            f"{tuple(multipliers)} needs: use multiples of {stride} (data.size) or fewer levels"
+            f"{tuple(multipliers)} and model.patch={patch} need: use multiples of {stride} (data.size) or fewer levels"
         )
     attending = {channels * multipliers[l] for l in attention_levels if l < len(multipliers)}
     for c in attending | {channels * multipliers[-1]}:
@@ -245,6 +247,7 @@ def unet(
             time_embedding=time_embedding,
             num_classes=num_classes,
             cond_channels=cond_channels,
+            patch=patch,
             norm_eps=norm_eps,
             remat=remat,
             dtype=jnp.dtype(dtype),

@@ -36,10 +36,8 @@ class VPLinear(Schedule):
 
     def inverse(self, log_snr: Array) -> Array:
         xp, l = namespace(log_snr)
-        if self.scaling == "vp":
-            b = -log_sigmoid(l)
-        else:
-            b = -2 * xp.log(alpha_sigma_from_log_snr(l, "subvp")[0])
+        # B = -2 log alpha
+        b = -log_sigmoid(l) if self.scaling == "vp" else -2 * xp.log(alpha_sigma_from_log_snr(l, "subvp")[0])
         slope = self.beta_max - self.beta_min
         return 2 * b / (xp.sqrt(self.beta_min**2 + 2 * slope * b) + self.beta_min)
 
@@ -94,7 +92,8 @@ class Flow(Schedule):
 
     def log_snr(self, t: Array) -> Array:
         xp, t = namespace(t)
-        return 2 * (xp.log1p(-t) - xp.log(t))
+        with np.errstate(divide="ignore"):  # infinite at both ends, and meant
+            return 2 * (xp.log1p(-t) - xp.log(t))
 
     def inverse(self, log_snr: Array) -> Array:
         _, l = namespace(log_snr)

@@ -19,10 +19,10 @@ def dpmpp_2m(grid: Grid, lower_order_final: bool = True) -> Table:
     steps = len(h)
     weight = -alpha[1:] * np.expm1(-h)
     back = np.zeros(steps)  # 1 / 2r
-    back[1:] = h[1:] / h[:-1] / 2
-    if np.isinf(h[-1]) or (lower_order_final and steps < 15):
+    # No slope over an infinite step: a flow's first leaves alpha = 0, and the last lands on sigma = 0.
+    finite = np.isfinite(h[1:]) & np.isfinite(h[:-1])
+    back[1:][finite] = h[1:][finite] / h[:-1][finite] / 2
+    if lower_order_final and steps < 15:
         back[-1] = 0.0
-    if np.isinf(h[0]) and steps > 1:  # a flow starts at alpha = 0: its first step says nothing of the slope
-        back[1] = 0.0
     B = np.stack([weight * (1 + back), -weight * back], axis=1)
     return rows(grid.t, A=sigma[1:] / sigma[:-1], B=B, scale=grid.prior_scale, name="dpmpp_2m")

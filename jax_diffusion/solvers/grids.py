@@ -34,9 +34,7 @@ def times(schedule: Schedule, steps: int, spacing: str, *, offset: int = 0, rho:
         raise UserError(f"steps={steps} is too few: give at least 1")
     if spacing in ("leading", "trailing", "linspace"):
         if total is None:
-            raise UserError(
-                f"grid={spacing!r} needs a discrete schedule: choose one of uniform, karras, log_snr"
-            )
+            raise UserError(f"grid={spacing!r} needs a discrete schedule: choose one of uniform, karras, log_snr")
         if steps > total:
             raise UserError(f"steps={steps} is more than the schedule's {total}: give at most {total}")
         if spacing == "leading":
@@ -79,9 +77,7 @@ def _scale_at(schedule: Schedule, t: float) -> float:
     return float(schedule.sigma(np.float64(t))) if schedule.scaling == "ve" else schedule.prior_scale
 
 
-def make(
-    schedule: Schedule, steps: int, spacing: str | None = None, *, final: str = "zero", **options
-) -> Grid:
+def make(schedule: Schedule, steps: int, spacing: str | None = None, *, final: str = "zero", **options) -> Grid:
     """A grid of `steps` evaluations. The default spacing is the schedule's: trailing on discrete ones, karras
     on variance-exploding ones, uniform elsewhere."""
     if spacing is None:

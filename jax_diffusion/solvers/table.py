@@ -69,9 +69,7 @@ class Table:
     def __str__(self) -> str:
         memory = self.B.shape[1]
         head = ["row", "t", "P", "Q", "A", *(f"B{k}" for k in range(memory)), "C"]
-        lines = [
-            f"{self.name}: {len(self)} evaluations, memory {memory}, start N(0, {float(self.scale):.5g}^2)"
-        ]
+        lines = [f"{self.name}: {len(self)} evaluations, memory {memory}, start N(0, {float(self.scale):.5g}^2)"]
         lines.append(" ".join(f"{h:>11}" for h in head))
         for n in range(len(self)):
             row = [self.t[n], self.P[n], self.Q[n], self.A[n], *self.B[n], self.C[n]]
@@ -148,13 +146,13 @@ def sample(
       denoise:    (x_t [B, ...], t []) -> x0_hat [B, ...], or (x0_hat, v) with a learned variance.
       table:      the solver; see solvers.make.
       shape:      of one sample, for instance (32, 32, 3).
-      indices:    [B] int, which samples of the seed to draw; None draws number 0 alone.
+      indices:    [B] int, which samples of the seed to draw; None is number 0, or 0..B-1 where x is given.
       x:          [B, *shape] state to start from instead of noise (partial noising, inversion).
       trajectory: also return every x0_hat, [N, B, *shape]; costs that memory.
 
     Returns x_0 [B, *shape] float32, or (x_0, trajectory).
     """
-    indices = jnp.zeros((1,), jnp.int32) if indices is None else jnp.asarray(indices)
+    indices = jnp.arange(1 if x is None else len(x)) if indices is None else jnp.asarray(indices)
     keys = sample_keys(key, indices)
     dtype = jnp.float32 if x is None else x.dtype
     table = jax.tree.map(lambda c: jnp.asarray(c, dtype), table)
@@ -188,9 +186,7 @@ def sample(
     return (x, x0_hats) if trajectory else x
 
 
-def add_noise_to(
-    schedule: Schedule, key: jax.Array, x0: jax.Array, t: float, indices: jax.Array
-) -> jax.Array:
+def add_noise_to(schedule: Schedule, key: jax.Array, x0: jax.Array, t: float, indices: jax.Array) -> jax.Array:
     """x_t of images x0 [B, ...] at time t, for starting a table midway; sample i's noise depends on i alone."""
     alpha, sigma = schedule.alpha_sigma(jnp.float32(t))
     noise = _normal(sample_keys(key, indices), 0, x0.shape[1:])

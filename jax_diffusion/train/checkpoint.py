@@ -52,9 +52,7 @@ class Checkpointer:
     """Saves and restores TrainStates under workdir/checkpoints. A context manager: leaving it waits."""
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
-        best = policies.BestN(
-            get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False
-        )
+        best = policies.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False)
         self.manager = ocp.CheckpointManager(
             _folder(workdir),
             item_names=(*ITEMS, "meta"),

@@ -63,10 +63,12 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
         ema_decay=s.config.ema.decay,
         ema_warmup=s.config.ema.warmup,
     )
-    abstract_state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), train_state
-    )
+    abstract_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), train_state)
     stacked = t.steps_per_dispatch > 1
+    if jax.default_backend() == "cpu" and (stacked or t.accumulate > 1) and len(s.shape) == 3:
+        # Measured: docs/benchmarks.md.
+        log("note: on CPUs XLA runs the gradients of convolutions inside a loop about 15 times slower; use "
+            "--config.train.steps_per_dispatch=1 --config.train.accumulate=1")  # fmt: skip
 
     def compiled(k: int):
         if k not in cache:
@@ -75,16 +77,12 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
             if stacked:
                 batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((k, *a.shape), a.dtype), batch)
             run = step.several(train_step) if stacked else train_step
-            lowered = step.compile_step(run, shardings, s.mesh, leading=int(stacked)).lower(
-                abstract_state, batch
-            )
+            lowered = step.compile_step(run, shardings, s.mesh, leading=int(stacked)).lower(abstract_state, batch)
             # The cost analysis counts the body of a loop once: of the steps in a dispatch one, as wanted,
             # but also one of the microbatches.
             flops = (lowered.cost_analysis() or {}).get("flops", 0.0) * t.accumulate
             cache[k] = lowered.compile(), flops
-            log(
-                f"compiled in {time.perf_counter() - started:.1f} s, {count(flops / t.batch_size, 'FLOP')} an image"
-            )
+            log(f"compiled in {time.perf_counter() - started:.1f} s, {count(flops / t.batch_size, 'FLOP')} an image")
         return cache[k]
 
     return compiled
@@ -140,13 +138,14 @@ def train(
                     meter.add(k, metrics)
                     before, now = now, now + k
                     last = now >= end or interrupt.requested
-                    if due(t.log_every, before, now):
-                        record(meter.roll(now, input_wait=batches.wait_share))
                     evaluates = validate and (due(t.eval_every, before, now) or now == t.steps)
                     draws = due(t.sample_every, before, now) or (t.sample_every and now == t.steps)
                     saves = due(t.checkpoint_every, before, now) or last
-                    if evaluates or draws or saves:
-                        record(meter.flush(now))
+                    pauses = evaluates or draws or saves
+                    if due(t.log_every, before, now) or pauses:
+                        close = meter.flush if pauses else meter.roll
+                        record(close(now, input_wait=batches.wait_share))
+                    if pauses:
                         if evaluates:
                             val_loss = validate(train_state.ema)
                             writer.write_scalars(now, {"val_loss": val_loss})
@@ -163,7 +162,5 @@ def train(
         why = f"stopped ({interrupt.requested})" if interrupt.requested else "stopped"
         log(f"{why} and saved at step {now:,}; resume: jax-diffusion train --workdir={workdir}")
     else:
-        log(
-            f"done: {now:,} steps in {duration(time.perf_counter() - began)}; weights in {workdir}/checkpoints"
-        )
+        log(f"done: {now:,} steps in {duration(time.perf_counter() - began)}; weights in {workdir}/checkpoints")
     return Outcome(now, train_state, val_loss, now >= t.steps)

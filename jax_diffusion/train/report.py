@@ -32,25 +32,32 @@ class Record(NamedTuple):
 class Meter:
     """Collects the step's device metrics and turns each period into a Record, one period late."""
 
+    # Dispatches the host may be ahead: enough to keep the devices busy, few enough that its clock is theirs.
+    IN_FLIGHT = 2
+
     def __init__(self, total_steps: int, batch_size: int, flops_per_step: float):
         self.total_steps, self.batch_size, self.flops = total_steps, batch_size, flops_per_step
         self._current: list[tuple[int, Any]] = []
-        self._pending: tuple[int, list] | None = None
-        self._clock = time.perf_counter()
+        self._pending: tuple[int, list, float, dict] | None = None  # step, dispatches, seconds, extra
+        self._clock = time.perf_counter()  # when the current period began
 
     def add(self, steps: int, metrics: Any) -> None:
         """One dispatch: how many steps it did and its metrics, still on the device."""
         self._current.append((steps, metrics))
+        if len(self._current) > self.IN_FLIGHT:
+            jax.block_until_ready(self._current[-1 - self.IN_FLIGHT][1])
 
     def roll(self, step: int, **extra: float) -> list[Record]:
-        """Ends a period at `step` and returns the one before it, which the devices have finished by now."""
-        before, self._pending = self._pending, (step, self._current, extra)
-        self._current = []
+        """Ends a period at `step` and returns the one before it."""
+        now = time.perf_counter()
+        before, self._pending = self._pending, (step, self._current, now - self._clock, extra)
+        self._current, self._clock = [], now
         return [self._finish(*before)] if before else []
 
-    def flush(self, step: int) -> list[Record]:
-        """Returns all that is left, waiting for the devices."""
-        out = self.roll(step) if self._current else []
+    def flush(self, step: int, **extra: float) -> list[Record]:
+        """Waits for the devices and returns all that is left, the current period included."""
+        jax.block_until_ready([m for _, m in self._current])
+        out = self.roll(step, **extra) if self._current else []
         if self._pending:
             out.append(self._finish(*self._pending))
             self._pending = None
@@ -60,11 +67,10 @@ class Meter:
         """Called after work that is not training, so that it does not count in the rates."""
         self._clock = time.perf_counter()
 
-    def _finish(self, step: int, dispatches: list, extra: dict[str, float]) -> Record:
+    def _finish(self, step: int, dispatches: list, seconds: float, extra: dict) -> Record:
         steps = np.array([n for n, _ in dispatches])
-        values = jax.device_get([m for _, m in dispatches])  # waits until the devices are done
-        now = time.perf_counter()
-        rate, self._clock = steps.sum() / max(now - self._clock, 1e-9), now
+        values = jax.device_get([m for _, m in dispatches])
+        rate = steps.sum() / max(seconds, 1e-9)
         mean = {k: float(np.average([v[k] for v in values], weights=steps)) for k in values[0]}
         scalars = {
             **mean,

@@ -71,9 +71,7 @@ def prepare(config: configs.ConfigDict, workdir: pathlib.Path) -> Setup:
     experiment.default_table(config, parts.process)  # a wrong solver is said now, not at the first samples
 
     init = state.make_init(parts.network, optimizer, parts.times, parts.process)
-    return Setup(
-        config, workdir, mesh, source, held_out, source.shape, names, parts, optimizer, learning_rate, init
-    )
+    return Setup(config, workdir, mesh, source, held_out, source.shape, names, parts, optimizer, learning_rate, init)
 
 
 def describe(s: Setup) -> str:
@@ -98,8 +96,15 @@ def write_facts(s: Setup) -> None:
             "train_examples": len(s.source),
             "skipped": list(s.source.skipped),
         }
-        (s.workdir / "config.json").write_text(configs.to_json(s.config))
-        (s.workdir / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
+        _write_whole(s.workdir / "dataset.json", json.dumps(facts, indent=2) + "\n")
+        _write_whole(s.workdir / "config.json", configs.to_json(s.config))
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+    """Never half a file: another process, or a later run, may be reading it."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def eval_indices(n: int, batch_size: int, batch: int) -> np.ndarray:

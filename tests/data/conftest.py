@@ -28,9 +28,7 @@ def cfg():
             "holdout": 0.0,
             "max_bytes": 1 << 30,
         }
-        return SimpleNamespace(
-            **{**defaults, **{k: str(v) if "path" in k else v for k, v in options.items()}}
-        )
+        return SimpleNamespace(**{**defaults, **{k: str(v) if "path" in k else v for k, v in options.items()}})
 
     return make
 

@@ -72,9 +72,7 @@ def test_channels_asked_for(noise, encode):
     np.testing.assert_array_equal(decode(encode(grey), Format((), 3)), np.repeat(grey, 3, -1))
     luminance = colour @ np.array([0.299, 0.587, 0.114])
     assert np.abs(decode(encode(colour), Format((), 1))[..., 0] - luminance).max() <= 1
-    np.testing.assert_array_equal(
-        fit(colour[None], Format((), 1), "x")[0], decode(encode(colour), Format((), 1))
-    )
+    np.testing.assert_array_equal(fit(colour[None], Format((), 1), "x")[0], decode(encode(colour), Format((), 1)))
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])

@@ -164,9 +164,7 @@ def test_nonsense_is_refused():
 def run_python(code, *args, **env):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
     command = [sys.executable, "-c", textwrap.dedent(code), *args]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 SOURCE = """

@@ -57,8 +57,7 @@ def test_mnist_against_an_independent_reading(shared, cfg):
 def idx_bytes(array, code=None):
     code = code or next(c for c, d in DTYPES.items() if np.dtype(d) == array.dtype.newbyteorder(">"))
     return (
-        struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
-        + array.astype(DTYPES[code]).tobytes()
+        struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.astype(DTYPES[code]).tobytes()
     )
 
 
@@ -80,9 +79,7 @@ def test_idx_files_and_folders(cfg, tmp_path, noise):
     unlabelled = load(cfg(source="idx", path=tmp_path), "train")
     assert unlabelled.num_classes is None
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(10, dtype="u1") % 4))
-    parts = [
-        load(cfg(source="idx", path=p, holdout=0.3), s) for p, s in ((path, "train"), (tmp_path, "eval"))
-    ]
+    parts = [load(cfg(source="idx", path=p, holdout=0.3), s) for p, s in ((path, "train"), (tmp_path, "eval"))]
     assert [len(p) for p in parts] == [7, 3] and all(p.num_classes == 4 for p in parts)
     joined = np.concatenate([everything(p)["image"] for p in parts])[..., 0]
     assert {x.tobytes() for x in joined} == {x.tobytes() for x in images}
@@ -91,9 +88,7 @@ def test_idx_files_and_folders(cfg, tmp_path, noise):
         load(cfg(source="idx", path=tmp_path), "train")
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b"\1" + b[1:], lambda b: b[:9]]
-)
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b"\1" + b[1:], lambda b: b[:9]])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_damaged_idx_is_named(damage, pack, cfg, tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
@@ -154,9 +149,7 @@ def test_unusable_arrays(arrays, message, cfg, tmp_path):
         load(cfg(source="numpy", path=tmp_path / "a.npz"), "train")
 
 
-@pytest.mark.parametrize(
-    ("name", "classes"), [("moons", 2), ("swissroll", None), ("checkerboard", None), ("rings", 4)]
-)
+@pytest.mark.parametrize(("name", "classes"), [("moons", 2), ("swissroll", None), ("checkerboard", None), ("rings", 4)])
 def test_toy2d(name, classes, cfg):
     source, other = (load(cfg(source="toy2d", name=name), split) for split in ("train", "eval"))
     points = everything(source)["image"]

@@ -1,0 +1,62 @@
+"""jax-diffusion: train, sample and evaluate diffusion models."""
+
+import argparse
+import logging
+import os
+import sys
+
+from jax_diffusion.errors import UserError
+from jax_diffusion.version import __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> Parser:
+    from jax_diffusion.cli import evaluate, sample, train
+
+    parser = Parser(prog="jax-diffusion", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (train, sample, evaluate):
+        name = module.__name__.rsplit(".", 1)[1]
+        command = commands.add_parser(
+            name,
+            help=module.__doc__.splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for a user's mistake, 130 for a second Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of its own routine
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        options, rest = _parser().parse_known_args(arguments)
+        if rest and options.command != "train":
+            raise UserError(f"{rest[0]}: unknown argument (see jax-diffusion {options.command} --help)")
+        options.overrides = rest
+        options.run(options)
+    except UserError as e:
+        print(f"jax-diffusion: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jax-diffusion: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

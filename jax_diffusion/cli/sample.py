@@ -1,0 +1,158 @@
+"""Sample from a trained model into a picture.
+
+examples:
+  jax-diffusion sample --workdir=runs/demo
+  jax-diffusion sample --workdir=runs/mnist --num=64 --labels=3 --guidance=2 --solver=ddim --steps=50 --out=grid.png
+  jax-diffusion sample --workdir=runs/mnist --labels=0,1,2 --solver=ddpm --steps=1000 --set variance=fixed_large
+  jax-diffusion sample --workdir=runs/mnist --trajectory=film.gif --npz=samples.npz
+
+Image i of a seed is the same whatever --num, --batch_size or the number of devices.
+"""
+
+import argparse
+import time
+
+import numpy as np
+
+from jax_diffusion.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workdir", metavar="DIR", required=True, help="of a training run")
+    add("--num", type=int, metavar="N", help="how many (default: the recipe's)")
+    add("--labels", metavar="L[,L...]", help="classes by number or name, repeated in turn; 'none': unconditional "
+        "(default: all classes in turn)")  # fmt: skip
+    add(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help="classifier-free guidance scale; 1 is none (default: the recipe's)",
+    )
+    add("--solver", metavar="NAME", help="ddpm, ddim, euler, heun, dpmpp_2m (default: the recipe's)")
+    add("--steps", type=int, metavar="N", help="solver steps (default: the recipe's)")
+    add(
+        "--grid",
+        metavar="NAME",
+        help="leading, trailing, linspace, uniform, karras, log_snr (default: by schedule)",
+    )
+    add("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the solver or its grid: "
+        "eta, variance, rho, offset, final")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N")
+    add("--batch_size", type=int, metavar="N", help="samples per call (default: the recipe's)")
+    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, or the raw ones")
+    add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+    add("--out", metavar="FILE", help="picture of all samples (default: WORKDIR/samples.png)")
+    add("--npz", metavar="FILE", help="the samples as arrays: arr_0 uint8 [N, H, W, C], arr_1 the labels")
+    add("--trajectory", metavar="FILE", help="GIF film of the denoised prediction at every evaluation")
+
+
+def parse_labels(text: str | None, class_names: tuple[str, ...]) -> list[int] | None:
+    """ "3,roses" -> [3, 2]; None is all classes in turn, "none" is no condition."""
+    if text is None:
+        return list(range(len(class_names))) or None
+    if text == "none":
+        return None
+    if not class_names:
+        raise UserError(f"--labels={text}: this model was trained without labels; leave the option out")
+    labels = []
+    for word in text.split(","):
+        if word in class_names:
+            labels.append(class_names.index(word))
+        elif word.isdigit() and int(word) < len(class_names):
+            labels.append(int(word))
+        else:
+            known = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
+            raise UserError(f"--labels={text}: {word!r} is no class; there are 0 to {len(class_names) - 1}: {known}")
+    return labels
+
+
+def parse_options(pairs: list[str]) -> dict[str, float | str]:
+    """["eta=0.5"] -> {"eta": 0.5}."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair}: write it as OPTION=VALUE, for instance --set eta=0.5")
+        try:
+            options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def make_table(model, options: argparse.Namespace):
+    """The solver the command line asks for, the recipe's where it is silent."""
+    from jax_diffusion import solvers
+
+    said = model.config.sampling
+    asked = options.solver or options.steps is not None or options.grid or options.set
+    if not asked:
+        return model.default_table()
+    name = options.solver or said.solver
+    steps = said.steps if options.steps is None else options.steps
+    chosen = parse_options(options.set)
+    if name == "ddpm" and model.process.learn_variance:
+        chosen.setdefault("variance", "learned")
+    return solvers.make(name, model.process.schedule, steps, options.grid or said.grid or None, **chosen)
+
+
+def progress_line(what: str, total: int):
+    """`progress(done, total)` for Model.sample: rate and ETA, if it takes over two seconds."""
+    from jax_diffusion.progress import Progress
+
+    line, seen = Progress(what, total), 0
+
+    def progress(done: int, _: int) -> None:
+        nonlocal seen
+        line.add(done - seen)
+        seen = done
+
+    return progress
+
+
+def run(options: argparse.Namespace) -> None:
+    import jax
+
+    from jax_diffusion import io
+    from jax_diffusion import model as models
+
+    for name in ("num", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema)
+    said = model.config.sampling
+    num = options.num or said.num
+    labels = parse_labels(options.labels, model.class_names)
+    guidance = said.guidance if options.guidance is None else options.guidance
+    if options.guidance not in (None, 1.0) and labels is None:
+        raise UserError(f"--guidance={guidance:g} needs labels: this sampling is unconditional")
+    table = make_table(model, options)
+    started = time.perf_counter()
+    out = model.sample(
+        jax.random.key(options.seed),
+        table,
+        num,
+        labels=labels,
+        guidance=guidance if labels is not None else 1.0,
+        batch_size=options.batch_size or said.batch_size,
+        trajectory=options.trajectory is not None,
+        progress=progress_line("sampling", num),
+    )
+    samples, film = out if options.trajectory else (out, None)
+    seconds = time.perf_counter() - started
+    path = options.out or f"{options.workdir}/samples.png"
+    columns = len(labels) if labels and 1 < len(labels) <= 20 and num > len(labels) else None
+    io.save_grid(path, samples, columns=columns)
+    written = [path]
+    if options.npz:
+        io.save_npz(options.npz, samples, None if labels is None else np.resize(labels, num))
+        written.append(options.npz)
+    if options.trajectory:
+        io.save_film(options.trajectory, film, columns=columns)
+        written.append(options.trajectory)
+    print(
+        f"{num} samples at step {model.step:,} with {table.name}, {len(table)} evaluations, in {seconds:.1f} s "
+        f"(compilation included): {', '.join(written)}"
+    )

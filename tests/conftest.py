@@ -1,0 +1,53 @@
+"""What all tests share: strict JAX, one compilation cache, recipes cut down to seconds, one trained run."""
+
+import os
+import tempfile
+from types import SimpleNamespace
+
+# Before JAX is imported, and inherited by the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_cache = tempfile.TemporaryDirectory(prefix="jax_diffusion_tests_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+import jax
+import pytest
+
+from jax_diffusion import config as configs
+from jax_diffusion.train import loop
+
+RECIPES = {
+    "digits": ["model.channels=16", "model.heads=2", "train.batch_size=32", "train.steps=60", "optim.warmup=10",
+               "train.log_every=10", "train.eval_every=30", "train.eval_batches=2", "train.sample_every=60",
+               "train.checkpoint_every=30", "sampling.steps=4", "sampling.num=20", "sampling.batch_size=20"],
+    "toy2d": ["model.width=32", "model.depth=2", "train.batch_size=64", "train.steps=50", "optim.warmup=5",
+              "train.steps_per_dispatch=1", "train.log_every=10", "train.eval_every=25", "train.eval_batches=2",
+              "train.sample_every=0", "train.checkpoint_every=25", "sampling.steps=4", "sampling.num=50",
+              "sampling.batch_size=50"],
+}  # fmt: skip
+
+
+def pytest_configure():
+    assert jax.config.jax_numpy_rank_promotion == "raise", "JAX was imported before tests/conftest.py"
+
+
+@pytest.fixture(scope="session")
+def arguments():
+    """arguments("digits", "train.steps=5") -> the command-line overrides of a recipe cut down to seconds."""
+    return lambda recipe, *fields: [f"--config.{field}" for field in (*RECIPES[recipe], *fields)]
+
+
+@pytest.fixture(scope="session")
+def tiny(arguments):
+    """tiny("digits", "train.steps=5") -> the config those make."""
+    return lambda recipe, *fields: configs.override(configs.resolve(recipe), arguments(recipe, *fields))
+
+
+@pytest.fixture(scope="session")
+def run(tiny, tmp_path_factory):
+    """A finished run on the digits: its workdir, what it logged, its outcome and its config."""
+    workdir, lines = tmp_path_factory.mktemp("run"), []
+    config = tiny("digits")
+    outcome = loop.train(config, workdir, log=lines.append)
+    return SimpleNamespace(workdir=workdir, lines=lines, outcome=outcome, config=config)

@@ -1,0 +1,126 @@
+"""Layers against PyTorch, and the identities they should satisfy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_diffusion.models import layers
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+
+
+def images(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def nchw(x):
+    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
+
+
+def nhwc(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("features", [32, 33])
+def test_sinusoidal_embedding(features):
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    t = np.array([0, 1, 500.5, 999], np.float32)
+    theirs = embeddings.get_timestep_embedding(torch.tensor(t), features, flip_sin_to_cos=True, downscale_freq_shift=0)
+    # float32 angles up to 999 rad are good to 6e-5.
+    np.testing.assert_allclose(layers.sinusoidal_embedding(jnp.array(t), features), theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+@pytest.mark.parametrize("channels, groups", [(64, 32), (48, 16)])
+def test_group_norm(channels, groups, eps):
+    # A small scale, at which eps decides the result.
+    x = 2e-3 * images(2, 4, 6, channels) + 1e-3
+    module = layers.group_norm(channels, eps=eps, rngs=nnx.Rngs(0))
+    theirs = nhwc(F.group_norm(nchw(x), groups, eps=eps))
+    other = nhwc(F.group_norm(nchw(x), groups, eps=1.1e-5 - eps))
+    np.testing.assert_allclose(module(jnp.array(x)), theirs, atol=2e-4)
+    assert np.abs(theirs - other).max() > 1e-2
+
+
+def test_group_norm_is_float32_in_bfloat16():
+    x = jnp.asarray(100 + images(2, 8, 8, 32), jnp.bfloat16)
+    y = layers.group_norm(32, rngs=nnx.Rngs(0))(x)
+    theirs = nhwc(F.group_norm(nchw(np.asarray(x, np.float32)), 32))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, theirs, atol=5e-3)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention(heads):
+    c, x = 32, images(2, 3, 5, 32)
+    module = layers.Attention(c, heads, rngs=nnx.Rngs(0))
+    module.out.kernel[...] = jnp.eye(c)
+    h = F.group_norm(nchw(x), 32).flatten(2).mT
+    qkv = h @ torch.tensor(np.asarray(module.qkv.kernel[...]))
+    q, k, v = (p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in qkv.chunk(3, dim=-1))
+    theirs = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).numpy()
+    np.testing.assert_allclose(module(jnp.array(x)), x + theirs.reshape(x.shape), atol=1e-5)
+
+
+def test_attention_starts_as_the_identity():
+    x = jnp.array(images(2, 3, 5, 32))
+    np.testing.assert_array_equal(layers.Attention(32, 2, rngs=nnx.Rngs(0))(x), x)
+
+
+def test_upsample():
+    x = images(2, 3, 5, 4)
+    np.testing.assert_array_equal(
+        layers.upsample(jnp.array(x)), nhwc(F.interpolate(nchw(x), scale_factor=2, mode="nearest"))
+    )
+
+
+def test_downsample():
+    x = images(2, 4, 6, 3)
+    np.testing.assert_allclose(layers.downsample(jnp.array(x)), nhwc(F.avg_pool2d(nchw(x), 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_space_to_depth(patch):
+    x = images(2, 8, 12, 3)
+    y = layers.space_to_depth(jnp.array(x), patch)
+    assert y.shape == (2, 8 // patch, 12 // patch, 3 * patch**2)
+    np.testing.assert_array_equal(layers.depth_to_space(y, patch), x)
+    # PyTorch orders the channels (c, dy, dx), we (dy, dx, c).
+    theirs = nhwc(F.pixel_unshuffle(nchw(x), patch)).reshape(*y.shape[:3], 3, patch, patch)
+    np.testing.assert_array_equal(y, np.moveaxis(theirs, 3, -1).reshape(y.shape))
+
+
+def test_fourier_embedding():
+    module = layers.FourierEmbedding(16, scale=2.0, rngs=nnx.Rngs(3))
+    w = np.asarray(module.frequencies[...], np.float64)
+    t = np.array([0.0, 0.3, -1.2])
+    angle = 2 * np.pi * t[:, None] * w[None]
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], -1)
+    np.testing.assert_allclose(module(jnp.array(t, jnp.float32)), expected, atol=1e-5)
+    many = layers.FourierEmbedding(20_000, scale=2.0, rngs=nnx.Rngs(0)).frequencies[...]
+    assert abs(float(jnp.std(many)) - 2.0) < 0.06  # four standard errors of a sample of 10,000
+
+
+@pytest.mark.parametrize("padding", [(0, 1), (1, 1)])
+def test_strided_convolution(padding):
+    x = images(2, 6, 8, 4)
+    module = layers.conv(4, 5, stride=2, padding=padding, rngs=nnx.Rngs(0))
+    weight = torch.tensor(np.asarray(module.kernel[...]).transpose(3, 2, 0, 1))
+    theirs = F.conv2d(F.pad(nchw(x), (*padding, *padding)), weight, stride=2)
+    np.testing.assert_allclose(module(jnp.array(x)), nhwc(theirs), atol=1e-5)
+
+
+def test_zero_initialised_layers_are_zero():
+    x = jnp.array(images(1, 4, 4, 3))
+    assert not np.any(layers.conv(3, 2, zero=True, rngs=nnx.Rngs(0))(x))
+    assert not np.any(layers.dense(3, 2, zero=True, rngs=nnx.Rngs(0))(x))
+    assert np.any(layers.conv(3, 2, rngs=nnx.Rngs(0))(x))
+
+
+def test_no_ranks_are_promoted_silently():
+    """What tests/conftest.py asks of JAX holds here."""
+    with pytest.raises(ValueError, match="rank"):
+        jax.jit(jnp.add)(jnp.ones((2, 3)), jnp.ones(3))

@@ -1,0 +1,33 @@
+"""Importing the package costs nothing that is not asked for."""
+
+import json
+import subprocess
+import sys
+
+import jax_diffusion as jd
+
+HEAVY = ["tensorflow", "tensorflow_datasets", "clu", "grain", "torch", "diffusers", "sklearn", "PIL", "orbax"]
+SCRIPT = f"""
+import json, sys
+import jax_diffusion as jd
+early = [m for m in {HEAVY} if m in sys.modules]
+from jax_diffusion import model, experiment, solvers
+from jax_diffusion.cli import main
+late = [m for m in {HEAVY} if m in sys.modules]
+from jax._src import xla_bridge
+print(json.dumps([early, late, list(xla_bridge._backends)]))
+"""
+
+
+def test_nothing_heavy_is_imported_and_no_device_is_taken():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    early, late, backends = json.loads(done.stdout)
+    assert early == [] and late == [] and backends == []
+
+
+def test_every_name_offered_is_there():
+    assert set(jd.__all__) <= set(dir(jd))
+    for name in jd.__all__:
+        assert getattr(jd, name) is not None
+    assert not hasattr(jd, "unheard_of")
