@@ -19,6 +19,6 @@ def get_config():
     )
     c.optim.update(learning_rate=2e-3, schedule="cosine", warmup=100)
     c.ema.decay = 0.998
-    c.train.update(batch_size=64, steps=2000, log_every=20, eval_every=500, sample_every=500, checkpoint_every=500)
+    c.train.update(batch_size=64, steps=1500, eval_every=500, sample_every=500, checkpoint_every=500)
     c.sampling.update(solver="dpmpp_2m", steps=20, guidance=2.0, num=50)
     return c

@@ -25,7 +25,9 @@ def learning_rate(name: str, peak: float, warmup: int, steps: int) -> optax.Sche
     if name == "cosine":
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     elif name == "inverse_sqrt":
-        after = lambda n: peak * jnp.sqrt(max(warmup, 1) / (n + max(warmup, 1)))  # noqa: E731
+        start = max(warmup, 1)
+        # optax evaluates every part at every step: before the warm-up ends, n is negative.
+        after = lambda n: peak * jnp.sqrt(start / (jnp.maximum(n, 0) + start))  # noqa: E731
     else:
         after = optax.constant_schedule(peak)
     if not warmup:

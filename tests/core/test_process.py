@@ -20,7 +20,7 @@ def test_q_sample_has_the_forward_moments(name):
     n = 20000
     t = jnp.asarray([np.floor(c * s.t_max) if name in schedules.BETAS else c * s.t_max for c in (0.1, 0.6)])
     x0 = jnp.broadcast_to(jnp.array([[-0.8], [0.5]], jnp.float32), (2, n))
-    x_t, eps = p.q_sample(jax.random.key(0), x0, t)
+    x_t, eps = jax.jit(p.q_sample)(jax.random.key(0), x0, t)
     alpha, sigma = s.alpha_sigma(np.asarray(t, np.float64))
     # Five standard errors of a mean and of a standard deviation of n draws.
     np.testing.assert_allclose(np.mean(x_t, 1), alpha * [-0.8, 0.5], atol=5 * np.max(sigma) / n**0.5)
@@ -101,7 +101,7 @@ def test_vlb_term_is_the_papers(name, t):
     bar = s.alpha_bar[t]
     x_t = np.sqrt(bar) * x0 + np.sqrt(1 - bar) * eps
     want = bound_in_torch(s.betas, *(torch.tensor(a) for a in (prediction, v, x0, x_t)), t)
-    got = p.vlb_term(*(jnp.asarray(a, jnp.float32) for a in (x0, prediction, v, x_t)), jnp.array([float(t)]))
+    got = jax.jit(p.vlb_term)(*(jnp.asarray(a, jnp.float32) for a in (x0, prediction, v, x_t)), jnp.array([float(t)]))
     # float32: variances to 3e-4 (see test_posterior), x_t rounded before it is divided by a small alpha.
     np.testing.assert_allclose(got, [want], rtol=5e-3, atol=1e-4)
 
@@ -111,11 +111,11 @@ def test_vlb_of_a_perfect_model_is_zero():
     p = process.make(s, "v", learn_variance=True)
     t = jnp.array([1.0, 10.0, 500.0, 999.0])
     x0 = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1), minval=-1, maxval=1)
-    x_t, target = p.q_sample(jax.random.key(1), x0, t)
-    kl = p.vlb_term(x0, target, jnp.zeros_like(x0), x_t, t)  # v = 0 is beta~, the posterior's own variance
+    x_t, target = jax.jit(p.q_sample)(jax.random.key(1), x0, t)
+    kl = jax.jit(p.vlb_term)(x0, target, jnp.zeros_like(x0), x_t, t)  # v = 0 is beta~, the posterior's own variance
     np.testing.assert_allclose(kl, 0, atol=1e-6)  # float32
     # With beta instead, the KL of two centred normals: (r - 1 - log r)/2 nats, r = beta~ / beta.
-    kl = p.vlb_term(x0, target, jnp.ones_like(x0), x_t, t)
+    kl = jax.jit(p.vlb_term)(x0, target, jnp.ones_like(x0), x_t, t)
     low, high = post.posterior_log_variances(s, t.astype(int))
     r = np.exp(np.asarray(low - high, np.float64))
     # r is within 1e-5 of one late, where float32 has lost the difference: an absolute tolerance.
@@ -126,7 +126,7 @@ def hybrid():
     p = process.make(schedules.make("cosine"), "epsilon", learn_variance=True)
     t = jnp.array([0.0, 1.0, 400.0, 900.0])
     x0 = jnp.round(jax.random.uniform(jax.random.key(0), (4, 4, 4, 3)) * 255) / 127.5 - 1
-    x_t, target = p.q_sample(jax.random.key(1), x0, t)
+    x_t, target = jax.jit(p.q_sample)(jax.random.key(1), x0, t)
     prediction = 0.5 * jax.random.normal(jax.random.key(2), (4, 4, 4, 6))
     return p, prediction, target, x_t, t
 
@@ -138,13 +138,13 @@ def test_hybrid_is_simple_plus_a_thousandth_of_the_sum():
     np.testing.assert_allclose(v, (prediction[..., 3:] + 1) / 2, rtol=1e-6)  # float32
     x0 = p.parameterization.x0(target, x_t, t)
     simple = jnp.mean((mean - target) ** 2, (1, 2, 3))
-    want = simple + 0.001 * 1000 * p.vlb_term(x0, mean, v, x_t, t)
+    want = simple + 0.001 * 1000 * jax.jit(p.vlb_term)(x0, mean, v, x_t, t)
     np.testing.assert_allclose(p.loss(prediction, target, x_t, t), want, rtol=1e-5)  # float32
 
 
 def test_the_bounds_gradient_reaches_the_variance_alone():
     p, prediction, target, x_t, t = hybrid()
-    grad = jax.grad(lambda q: jnp.sum(p.loss(q, target, x_t, t)))(prediction)
+    grad = jax.jit(jax.grad(lambda q: jnp.sum(p.loss(q, target, x_t, t))))(prediction)
     assert jnp.all(jnp.isfinite(grad))
     simple = 2 * (prediction[..., :3] - target) / (4 * 4 * 3)
     np.testing.assert_allclose(grad[..., :3], simple, rtol=1e-5, atol=1e-7)  # that of L_simple, to float32

@@ -76,7 +76,7 @@ def test_tables_of_equal_rows_are_one_program():
     assert len(traces) == 1  # the network is traced once: one scan, not one call a row
     for i, a in enumerate(results):
         for b in results[:i]:
-            assert not np.allclose(a, b, atol=1e-4) or i == 2  # they are different solvers ...
+            assert not np.allclose(a, b, atol=1e-3)  # they are different solvers ...
     counted(make("ddim", LINEAR, 11), jnp.arange(2))
     assert counted._cache_size() == 2  # ... and another length is another program
 
@@ -130,8 +130,6 @@ def test_defaults_of_indices():
     one = sample(KEY, denoise, table, (3, 2))
     np.testing.assert_allclose(one, run(KEY, table, jnp.arange(1)), atol=1e-6)  # sample 0; another program
     x = jnp.zeros((3, 3, 2))
-    noisy = sample(KEY, lambda x, t: 0 * x, make("ddpm", LINEAR, 2), (3, 2), x=x, trajectory=True)[0]
-    assert noisy.shape == x.shape
     states = sample(KEY, lambda x, t: x, table, (3, 2), x=x, trajectory=True)[1]
     assert len(np.unique(np.asarray(states[1]).reshape(3, -1)[:, 0])) == 3  # each given x has its own noise
 

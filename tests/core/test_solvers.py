@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import warnings
 
 import jax
@@ -133,12 +134,13 @@ def test_ddim_keeps_the_marginals(name, eta):
 
 MEAN = np.array([0.5, -1.0])
 COV = np.array([[0.5, 0.3], [0.3, 0.4]])
+BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 LARGE = {"fixed_small": False, "fixed_large": True}
 
 
-def correlated(x, t, bar=np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))):
+def correlated(x, t):
     """E[x_0 | x_t] of N(MEAN, COV); W is a small matrix made in the trace from alpha(t)."""
-    b = jnp.asarray(bar, jnp.float32)[t.astype(int)]
+    b = jnp.asarray(BAR, jnp.float32)[t.astype(int)]
     cov = jnp.asarray(COV, jnp.float32)
     W = jnp.sqrt(b) * jnp.linalg.solve(b * cov + (1 - b) * jnp.eye(2), cov)
     return MEAN.astype(np.float32)[None] + (x - jnp.sqrt(b) * MEAN.astype(np.float32)[None]) @ W
@@ -146,9 +148,9 @@ def correlated(x, t, bar=np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))):
 
 def exact_chain(t, large):
     """Mean and covariance after DDPM's algorithm 2 through times t, by hand from eq. 6-7 in float64."""
-    bars = np.append(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[t.astype(int)], 1.0)
+    bars = np.append(BAR[t.astype(int)], 1.0)
     m, C = np.zeros(2), np.eye(2)
-    for b, prev in zip(bars[:-1], bars[1:], strict=True):
+    for b, prev in itertools.pairwise(bars):
         W = np.sqrt(b) * np.linalg.solve(b * COV + (1 - b) * np.eye(2), COV)
         beta = 1 - b / prev
         w_0, w_x = np.sqrt(prev) * beta / (1 - b), np.sqrt(b / prev) * (1 - prev) / (1 - b)

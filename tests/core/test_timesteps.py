@@ -85,12 +85,13 @@ def full(sampler, schedule, level):
     state = sampler.init(schedule)
     bins = state["count"].shape[0]
     t = timesteps.from_unit(schedule, (jnp.arange(bins) + 0.5) / bins)
+    update = jax.jit(lambda state, t, loss: sampler.update(state, t, loss, schedule))
     for h in range(sampler.history):
         if h == sampler.history - 1:
             p = sampler.probabilities(state)
             np.testing.assert_allclose(p, 1 / bins, rtol=1e-6)  # not warm yet: uniform
         sign = 1 if h % 2 else 0.5  # rms of {1, 1/2} in equal shares is sqrt(5/8)
-        state = sampler.update(state, t, sign * level, schedule)
+        state = update(state, t, sign * level)
     return state
 
 

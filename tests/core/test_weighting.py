@@ -42,7 +42,7 @@ def test_edm(sigma_data):
     """Karras et al. 2022, table 1: lambda(sigma) c_out^2 = 1, so the network's own loss has weight one."""
     w, *_ = weights("edm", "edm", "edm", sigma_data=sigma_data)
     np.testing.assert_allclose(w, 1, rtol=1e-3)  # float32; c_out is 4e-5 of sigma at sigma = 80
-    w, snr, _, t = weights("edm", "x0", "edm", sigma_data=sigma_data)
+    w, _, _, t = weights("edm", "x0", "edm", sigma_data=sigma_data)
     np.testing.assert_allclose(w, (t**2 + sigma_data**2) / (t * sigma_data) ** 2, rtol=RTOL)
 
 
@@ -64,7 +64,7 @@ def test_elbo_is_half_the_rate_in_epsilon_space(schedule):
 
 def test_elbo_is_the_sum_of_kls_of_many_steps():
     """The integral over [t, t'] of SNR rate / 2 is half the fall of the SNR: what T -> inf KLs add up to."""
-    w, snr, _, t = weights("linear_log_snr", "x0", "elbo")
+    _, snr, _, t = weights("linear_log_snr", "x0", "elbo")
     n = 20001
     fine = jnp.linspace(t[0], t[-1], n)
     p = process.make(schedules.make("linear_log_snr"), "x0", "elbo")
