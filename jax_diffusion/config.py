@@ -59,6 +59,7 @@ def default() -> ConfigDict:
                 "time_embedding": "sinusoidal",
                 "cond_channels": 0,
                 "patch": 1,
+                "norm_groups": 0,  # 0: 32, fewer where a group would have less than 4 channels
                 "norm_eps": 1e-5,
                 "remat": False,
                 "dtype": "float32",

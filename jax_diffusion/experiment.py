@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jax_diffusion import config as configs
 from jax_diffusion import models, process, schedules, solvers, timesteps
+from jax_diffusion.data import Source
 from jax_diffusion.models import Network
 from jax_diffusion.process import Gaussian
 
@@ -52,10 +53,7 @@ def default_table(config: configs.ConfigDict, gaussian: Gaussian) -> solvers.Tab
     return solvers.make(s.solver, gaussian.schedule, s.steps, s.grid or None, **options)
 
 
-def abstract_batch(shape: tuple[int, ...], num_classes: int, batch_size: int) -> dict[str, Any]:
-    """The shapes of one training batch: uint8 images (float32 points) and int32 labels."""
-    dtype = jnp.uint8 if len(shape) == 3 else jnp.float32
-    batch = {"image": jax.ShapeDtypeStruct((batch_size, *shape), dtype)}
-    if num_classes:
-        batch["label"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return batch
+def abstract_batch(source: Source, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and types of one training batch of a source."""
+    one = source.batch(np.zeros(1, int))
+    return {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in one.items()}

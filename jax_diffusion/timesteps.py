@@ -26,7 +26,8 @@ def from_unit(schedule: Schedule, u: jax.Array) -> jax.Array:
     base = _base(schedule)
     if isinstance(base, Discrete):
         return jnp.minimum(jnp.floor(u * base.steps), base.steps - 1)
-    return schedule.t_min + u * (schedule.t_max - schedule.t_min)
+    # Never the end itself: a flow has no noise at 0, and weights in SNR are infinite there.
+    return schedule.t_min + jnp.maximum(u, 1e-6) * (schedule.t_max - schedule.t_min)
 
 
 def to_unit(schedule: Schedule, t: jax.Array) -> jax.Array:

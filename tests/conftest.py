@@ -10,12 +10,14 @@ _cache = tempfile.TemporaryDirectory(prefix="jax_diffusion_tests_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Half the time to compile; nothing here runs long enough to miss the code that LLVM would have made of it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
-from jax_diffusion import config as configs
-from jax_diffusion.train import loop
+from jax_diffusion import config as configs  # noqa: E402
+from jax_diffusion.train import loop  # noqa: E402
 
 RECIPES = {
     "digits": ["model.channels=16", "model.heads=2", "train.batch_size=32", "train.steps=60", "optim.warmup=10",

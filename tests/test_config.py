@@ -24,11 +24,9 @@ def test_every_recipe_builds(name):
     shape = SHAPES.get(name) or (*(config.data["size"] or (32, 32)), config.data.channels or 3)
     classes = 10 if config.data.labels else 0
     parts = experiment.build(config, shape, classes)
-    params = jax.eval_shape(parts.network.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((2, *shape), "float32")
-    t = jax.ShapeDtypeStruct((2,), "float32")
-    out = jax.eval_shape(parts.network.apply, params, x, t)
-    assert out.shape == (2, *shape[:-1], shape[-1] * (2 if config.process.learn_variance else 1))
+    parameters = parts.network.parameter_count()
+    # 35.7M in the paper; exactly, what the checkpoint on Hugging Face has.
+    assert parameters == 35_746_307 if name == "cifar10_ddpm" else parameters > 1000
     assert len(experiment.default_table(config, parts.process)) >= config.sampling.steps
     optim.make(config.optim, config.train.steps)
 
@@ -37,11 +35,6 @@ def test_every_recipe_builds(name):
 def test_every_recipe_says_its_command(name):
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"jax-diffusion train --config={name} " in text
-
-
-def test_the_ddpm_recipe_is_the_paper_s_network():
-    network = experiment.build(configs.resolve("cifar10_ddpm"), (32, 32, 3), 0).network
-    assert network.parameter_count() == 35_746_307
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -119,14 +112,16 @@ def test_a_component_is_replaced_with_its_options():
     fields = ["--config.process.timesteps=importance", "--config.process.timesteps.bins=20"]
     config = configs.override(start, fields)
     assert config.process.timesteps.to_dict() == {"name": "importance", "bins": 20}
-    shifted = override("process.schedule=flow", "process.schedule.shift=2", "process.prediction=flow")
-    assert experiment.build(shifted, (2, 2, 1), 0).process.schedule.shift == 2
+    shifted = override(
+        "process.schedule=flow", "process.schedule.shift=2", "process.prediction=flow", "model.channels=16"
+    )
+    assert experiment.build(shifted, (8, 8, 1), 0).process.schedule.shift == 2
 
 
 def test_an_option_its_component_does_not_take():
-    config = override("process.schedule=cosine", "process.schedule.shifft=2")
-    with pytest.raises(UserError, match="schedule='cosine' does not take these options: .*shifft"):
-        experiment.build(config, (32, 32, 3), 0)
+    config = override("process.schedule=cosine", "process.schedule.shifft=2", "model.channels=16")
+    with pytest.raises(UserError, match=r"schedule='cosine' does not take these options: .*shifft"):
+        experiment.build(config, (8, 8, 1), 0)
 
 
 def test_differences_name_the_fields():

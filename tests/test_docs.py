@@ -17,10 +17,12 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
+STRICT = "import warnings\nwarnings.filterwarnings('error', module='jax_diffusion')\n"
+
 
 def run_python(code: str, cwd: pathlib.Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error::Warning:jax_diffusion", "-c", code],
+        [sys.executable, "-c", STRICT + code],
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -14,7 +14,9 @@ def grey(levels, size=2):
 
 def test_grid_layout():
     """Three 1x2 colour images in two columns: margins of two white pixels, reading order, one empty place."""
-    levels = np.array([[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [100, 110, 120]], [[130, 140, 150], [160, 170, 180]]])
+    levels = np.array(
+        [[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [100, 110, 120]], [[130, 140, 150], [160, 170, 180]]]
+    )
     picture = io.grid(levels[:, None] / 127.5 - 1, columns=2, scale=1)
     expected = np.full((8, 10, 3), 255, np.uint8)
     expected[2, 2:4], expected[2, 6:8], expected[5, 2:4] = levels

@@ -50,9 +50,7 @@ def test_samples_differ_from_each_other_and_between_seeds(model, table, referenc
 
 def test_labels_are_taken_in_turn(model, table, reference):
     cycled = [1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
-    np.testing.assert_array_equal(
-        model.sample(KEY, table, 10, labels=cycled, guidance=2.0, batch_size=7), reference
-    )
+    np.testing.assert_array_equal(model.sample(KEY, table, 10, labels=cycled, guidance=2.0, batch_size=7), reference)
     other = model.sample(KEY, table, 10, labels=5, guidance=2.0, batch_size=7)
     assert np.abs(other - reference).max() > 1e-2
 

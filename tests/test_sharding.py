@@ -19,7 +19,7 @@ SCRIPT = pathlib.Path(__file__).with_name("sharding_script.py")
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path_factory.mktemp("eight")],
         env=environment, capture_output=True, text=True, timeout=240,

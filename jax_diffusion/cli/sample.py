@@ -10,6 +10,7 @@ Image i of a seed is the same whatever --num, --batch_size or the number of devi
 """
 
 import argparse
+import pathlib
 import time
 
 import numpy as np
@@ -111,6 +112,16 @@ def progress_line(what: str, total: int):
     return progress
 
 
+def check_picture(option: str, path: str) -> None:
+    """Raises UserError where no picture can be saved under `path`: said before the work, not after it."""
+    from PIL import Image
+
+    if pathlib.Path(path).is_dir():
+        raise UserError(f"{option}={path} is a folder: name a file in it, for instance {path}/samples.png")
+    if pathlib.Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{option}={path} has no ending of a picture: use .png, or .gif for a film")
+
+
 def run(options: argparse.Namespace) -> None:
     import jax
 
@@ -121,6 +132,9 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
+    for name in ("out", "trajectory"):
+        if getattr(options, name):
+            check_picture(f"--{name}", getattr(options, name))
     model = models.load(options.workdir, step=options.checkpoint, ema=options.ema)
     said = model.config.sampling
     num = options.num or said.num

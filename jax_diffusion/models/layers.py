@@ -40,8 +40,13 @@ class FourierEmbedding(nnx.Module):
         return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def group_norm(channels: int, *, groups: int = 32, eps: float = 1e-5, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """GroupNorm in float32 with one-pass statistics; as many groups as divide the channels, up to `groups`."""
+def group_norm(channels: int, *, groups: int = 0, eps: float = 1e-5, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """GroupNorm in float32 with one-pass statistics; as many groups as divide the channels, up to `groups`.
+
+    groups: 0 is 32, fewer where a group would have less than 4 channels (EDM's rule). In a group of one channel
+        the norm takes away whatever was added to the whole channel: an added time embedding is lost.
+    """
+    groups = groups or min(32, max(channels // 4, 1))
     return nnx.GroupNorm(
         channels,
         num_groups=math.gcd(groups, channels),
@@ -107,9 +112,9 @@ def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
 class Attention(nnx.Module):
     """Self-attention over all positions with a residual, pre-normalised (DDPM, ADM). [B, H, W, C] -> same."""
 
-    def __init__(self, channels: int, heads: int, *, eps: float = 1e-5, dtype=None, rngs: nnx.Rngs):
+    def __init__(self, channels: int, heads: int, *, groups: int = 0, eps: float = 1e-5, dtype=None, rngs: nnx.Rngs):
         self.heads = heads
-        self.norm = group_norm(channels, eps=eps, rngs=rngs)
+        self.norm = group_norm(channels, groups=groups, eps=eps, rngs=rngs)
         self.qkv = dense(channels, 3 * channels, dtype=dtype, rngs=rngs)
         self.out = dense(channels, channels, zero=True, dtype=dtype, rngs=rngs)
         self.dtype = dtype

@@ -35,15 +35,16 @@ class ResBlock(nnx.Module):
         dropout: float,
         scale_shift: bool,
         resample: str | None = None,
+        groups: int,
         eps: float,
         dtype,
         rngs: nnx.Rngs,
     ):
         kw = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = layers.group_norm(cin, eps=eps, rngs=rngs)
+        self.norm1 = layers.group_norm(cin, groups=groups, eps=eps, rngs=rngs)
         self.conv1 = layers.conv(cin, cout, **kw)
         self.embed = layers.dense(embedding, 2 * cout if scale_shift else cout, **kw)
-        self.norm2 = layers.group_norm(cout, eps=eps, rngs=rngs)
+        self.norm2 = layers.group_norm(cout, groups=groups, eps=eps, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
         self.conv2 = layers.conv(cout, cout, zero=True, **kw)
         self.shortcut = layers.conv(cin, cout, 1, **kw) if cin != cout else None
@@ -100,15 +101,16 @@ class UNet(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs, shape, out_channels, channels, multipliers, blocks, attention_levels,
                  heads, head_channels, dropout, scale_shift, resblock_updown, downsample_padding, time_embedding,
-                 num_classes, cond_channels, patch, norm_eps, remat, dtype, constrain):  # fmt: skip
+                 num_classes, cond_channels, patch, norm_groups, norm_eps, remat, dtype, constrain):  # fmt: skip
         kw = {"dtype": dtype, "rngs": rngs}
+        norm = {"groups": norm_groups, "eps": norm_eps}
         emb = 4 * channels
 
         def stage(cin, cout, attends, resample=None):
             block = ResBlock(cin, cout, emb, dropout=dropout, scale_shift=scale_shift, resample=resample,
-                             eps=norm_eps, **kw)  # fmt: skip
+                             **norm, **kw)  # fmt: skip
             n = cout // head_channels if head_channels else heads
-            return Stage(block, layers.Attention(cout, n, eps=norm_eps, **kw) if attends else None)
+            return Stage(block, layers.Attention(cout, n, **norm, **kw) if attends else None)
 
         def resize(width, direction):
             if resblock_updown:
@@ -145,7 +147,7 @@ class UNet(nnx.Module):
             if level:
                 grow.append(resize(width, "up"))
         self.down, self.up, self.grow = nnx.List(down), nnx.List(up), nnx.List(grow)
-        self.norm = layers.group_norm(width, eps=norm_eps, rngs=rngs)
+        self.norm = layers.group_norm(width, **norm, rngs=rngs)
         self.head = layers.conv(width, out_channels * patch**2, zero=True, rngs=rngs)
         self.channels, self.blocks, self.num_classes, self.patch = channels, blocks, num_classes, patch
         self.remat, self.dtype, self.constrain = remat, dtype, constrain
@@ -207,6 +209,7 @@ def unet(
     cond_channels: int = 0,  # channels of cond["image"], concatenated to the input
     patch: int = 1,  # pixels a side that are folded into channels first (simple diffusion, section 2)
     learn_variance: bool = False,  # twice the output channels
+    norm_groups: int = 0,  # of GroupNorm; 0: 32, fewer where a group would have less than 4 channels
     norm_eps: float = 1e-5,
     remat: bool = False,  # recompute each stage in the backward pass
     dtype: str = "float32",  # of matmuls and convolutions
@@ -248,6 +251,7 @@ def unet(
             num_classes=num_classes,
             cond_channels=cond_channels,
             patch=patch,
+            norm_groups=norm_groups,
             norm_eps=norm_eps,
             remat=remat,
             dtype=jnp.dtype(dtype),

@@ -18,6 +18,15 @@ SOLVERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun, "dpmpp_2m":
 _GRID_OPTIONS = ("offset", "rho", "final")
 
 
+def _check_numbers(function, options: dict) -> None:
+    """Raises UserError where an option whose default is a number is given something else."""
+    for option, value in options.items():
+        parameter = inspect.signature(function).parameters.get(option)
+        number = parameter is not None and isinstance(parameter.default, int | float)
+        if number and not isinstance(value, int | float):
+            raise UserError(f"{option}={value!r} should be a number, like {parameter.default}")
+
+
 def make(name: str, schedule: Schedule, steps: int, grid: str | Grid | None = None, **options) -> Table:
     """The table of solver `name` with `steps` steps on a schedule.
 
@@ -30,6 +39,8 @@ def make(name: str, schedule: Schedule, steps: int, grid: str | Grid | None = No
     grid_options = {k: options.pop(k) for k in _GRID_OPTIONS if k in options}
     for option in options:
         choose(f"the option of solver {name!r}", option, list(inspect.signature(solver).parameters)[1:])
+    _check_numbers(solver, options)
+    _check_numbers(grids.times, grid_options)
     if isinstance(grid, Grid):
         if grid_options:
             raise UserError(f"{', '.join(grid_options)}: these belong to making a grid, and one was given")

@@ -38,6 +38,9 @@ def times(schedule: Schedule, steps: int, spacing: str, *, offset: int = 0, rho:
         if steps > total:
             raise UserError(f"steps={steps} is more than the schedule's {total}: give at most {total}")
         if spacing == "leading":
+            last = (steps - 1) * (total // steps)
+            if not 0 <= last + offset < total:
+                raise UserError(f"offset={offset} leaves the schedule: with steps={steps} use 0 to {total - 1 - last}")
             return np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + offset
         if spacing == "trailing":
             return np.round(np.arange(total, 0, -total / steps))[:steps] - 1.0

@@ -73,7 +73,7 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
     def compiled(k: int):
         if k not in cache:
             started = time.perf_counter()
-            batch = experiment.abstract_batch(s.shape, len(s.class_names), t.batch_size)
+            batch = experiment.abstract_batch(s.source, t.batch_size)
             if stacked:
                 batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((k, *a.shape), a.dtype), batch)
             run = step.several(train_step) if stacked else train_step
@@ -127,7 +127,7 @@ def train(
 
             def record(records):
                 for r in records:
-                    scalars = {**r.scalars, "learning_rate": float(s.learning_rate(r.step))}
+                    scalars = {**r.scalars, "learning_rate": float(s.learning_rate(r.step - 1))}
                     writer.write_scalars(r.step, scalars)
                     log(r.line)
 

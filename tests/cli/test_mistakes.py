@@ -34,7 +34,10 @@ MISTAKES = [
     ([*TRAIN, "--config.process.timesteps=unifrom"], ["'unifrom'", "did you mean 'uniform'?"]),
     ([*TRAIN, "--config.sampling.solver=dimm"], ["'dimm'", "did you mean 'ddim'?"]),
     (["train", "--workdir={run}", "--config.seed=1"], ["--config.seed=1", "--config=RECIPE"]),
-    (["train", "--workdir={run}", "--config=digits"], ["--workdir={run}", "model.channels: 16 -> 32", "another workdir"]),
+    (
+        ["train", "--workdir={run}", "--config=digits"],
+        ["--workdir={run}", "model.channels: 16 -> 32", "another workdir"],
+    ),
     (["sample", "--workdir={new}"], ["--workdir={new}", "jax-diffusion train"]),
     (["sample", "--workdir={empty}"], ["--workdir={empty}", "no checkpoint", "jax-diffusion train"]),
     ([*SAMPLE, "--solver=ddmi"], ["'ddmi'", "did you mean 'ddim'?"]),
@@ -56,8 +59,9 @@ MISTAKES = [
     ([*SAMPLE, "--checkpoint=7"], ["--checkpoint=7", "30, 60"]),
     ([*SAMPLE, "--labels=none", "--guidance=2"], ["--guidance=2", "unconditional"]),
     ([*SAMPLE, "--nmu=3"], ["--nmu=3", "sample --help"]),
-    ([*SAMPLE, "--out={folder}"], ["{folder}"]),
-    ([*SAMPLE, "--num=1", "--out={new}.wrong"], ["{new}.wrong"]),
+    ([*SAMPLE, "--out={folder}"], ["--out={folder} is a folder", "samples.png"]),
+    ([*SAMPLE, "--out={new}.wrong"], ["--out={new}.wrong", ".png"]),
+    ([*SAMPLE, "--trajectory={new}"], ["--trajectory={new}", ".gif"]),
     ([*EVALUATE, "--metrics=acuracy"], ["'acuracy'", "did you mean 'accuracy'?"]),
     ([*EVALUATE, "--num=1"], ["--num=1", "at least 2"]),
     ([*EVALUATE, "--batch_size=0"], ["--batch_size=0"]),
@@ -76,12 +80,12 @@ def places(run, tmp_path_factory):
     return {"run": run.workdir, "empty": empty, "folder": root, "new": root / "new"}
 
 
-@pytest.mark.parametrize("arguments, words", MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
-def test_a_mistake_is_one_line(arguments, words, places, capsys):
-    status = main([a.format(**places) for a in arguments])
+@pytest.mark.parametrize("typed, words", MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_a_mistake_is_one_line(typed, words, places, capsys):
+    status = main([a.format(**places) for a in typed])
     out, err = capsys.readouterr()
     assert status == 2
-    assert out == "" or "train" in arguments
+    assert out == "" or "train" in typed
     assert err.startswith("jax-diffusion: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert all(w.format(**places) in err for w in words), err
 
@@ -90,10 +94,10 @@ def test_nothing_is_written_by_a_mistake(places):
     assert not places["new"].exists()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["evaluate", "--help"]])
-def test_help(arguments, capsys):
+@pytest.mark.parametrize("typed", [["--help"], ["train", "--help"], ["sample", "--help"], ["evaluate", "--help"]])
+def test_help(typed, capsys):
     with pytest.raises(SystemExit) as done:
-        main(arguments)
+        main(typed)
     assert done.value.code == 0 and "usage: jax-diffusion" in capsys.readouterr().out
 
 

@@ -92,7 +92,7 @@ def test_ddim(spacing, offset, final, steps, eta):
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("times", [list(range(24, -1, -1)), [999, 700, 650, 200, 31, 2, 0], [400, 3, 0]])
+@pytest.mark.parametrize("times", [list(range(6, -1, -1)), [999, 700, 650, 200, 31, 2, 0]])
 def test_ddpm(times, variance, monkeypatch):
     """Explicit timesteps, adjacent and not. They end at 0: only there does the peer add no noise (trap 2)."""
     peer = peer_of(diffusers.DDPMScheduler, variance_type=variance)
@@ -111,7 +111,7 @@ def sigmas_to_float64(peer, times):
 
 
 @pytest.mark.parametrize("lower_order_final", [True, False])
-@pytest.mark.parametrize("steps", [1, 2, 5, 14, 15, 25])
+@pytest.mark.parametrize("steps", [1, 2, 14, 15])
 def test_dpmpp_2m(steps, lower_order_final):
     """Both sides of the fifteen steps at which lower_order_final stops to matter."""
     times = grids.times(LINEAR, steps, "trailing")
@@ -128,7 +128,7 @@ def test_dpmpp_2m(steps, lower_order_final):
 
 
 @pytest.mark.parametrize("lower_order_final", [True, False])
-@pytest.mark.parametrize("steps", [3, 20])
+@pytest.mark.parametrize("steps", [2, 15])
 def test_dpmpp_2m_landing_on_a_finite_noise(steps, lower_order_final):
     """final="min": here the last step can be of second order, and with few steps is so only if asked."""
     times = grids.times(LINEAR, steps, "trailing")
@@ -145,7 +145,7 @@ def test_dpmpp_2m_landing_on_a_finite_noise(steps, lower_order_final):
     np.testing.assert_allclose(got, x.numpy(), rtol=1e-6, atol=1e-6)  # the peer keeps its state in float32
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+@pytest.mark.parametrize("steps", [1, 2, 10])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize(
     ("cls", "solver"), [(diffusers.EulerDiscreteScheduler, euler), (diffusers.HeunDiscreteScheduler, heun)]
@@ -162,8 +162,17 @@ def test_euler_and_heun(cls, solver, spacing, steps):
     np.testing.assert_allclose(ours(solver(grid)), x.numpy(), rtol=1e-4, atol=3e-4)
 
 
+@functools.cache  # one function a shift, hence one program a length
+def flow_denoise(shift):
+    def denoise(x, t):
+        s = shift * t / (1 + (shift - 1) * t)  # Esser et al. 2024, eq. 23
+        return x - s * net(x, 1000 * s, jnp)
+
+    return denoise
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("steps", [1, 4, 28])
+@pytest.mark.parametrize("steps", [1, 10])
 @pytest.mark.parametrize("solver", ["euler", "ddim"])
 def test_flow_euler(solver, steps, shift):
     peer = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -172,15 +181,11 @@ def test_flow_euler(solver, steps, shift):
     for t in peer.timesteps:
         x = peer.step(torch_net(x, t), t, x).prev_sample
 
-    def flow_denoise(x, t):
-        s = shift * t / (1 + (shift - 1) * t)  # Esser et al. 2024, eq. 23
-        return x - s * net(x, 1000 * s, jnp)
-
     table = make(solver, schedules.make("flow", shift=shift), steps, "uniform")
-    np.testing.assert_allclose(ours(table, flow_denoise), x.numpy(), rtol=1e-5, atol=1e-5)  # float32 of the peer
+    np.testing.assert_allclose(ours(table, flow_denoise(shift)), x.numpy(), rtol=1e-5, atol=1e-5)  # float32 of the peer
 
 
-@pytest.mark.parametrize("steps", [1, 6, 18])
+@pytest.mark.parametrize("steps", [1, 10])
 def test_edm_euler(steps):
     peer = diffusers.EDMEulerScheduler()
     peer.set_timesteps(steps)

@@ -140,7 +140,7 @@ def test_rates_are_derivatives(name):
     np.testing.assert_allclose(s.log_snr_rate(x), d_log_snr, rtol=tol)
     for rate, d in zip(s.alpha_sigma_rate(x), d_pair, strict=True):
         np.testing.assert_allclose(rate, d, rtol=tol, atol=tol * np.abs(d).max() + 1e-8)
-    np.testing.assert_allclose(jax.vmap(jax.grad(s.log_snr))(x), s.log_snr_rate(x), rtol=1e-5)  # same program
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(s.log_snr)))(x), s.log_snr_rate(x), rtol=1e-5)  # same program
 
 
 @pytest.mark.parametrize("name", DISCRETE)
@@ -226,7 +226,7 @@ def test_learned_is_monotone_with_the_given_ends_and_trains():
     l = s.log_snr(jnp.linspace(0, 1, 101))
     assert jnp.all(jnp.diff(l) < 0)
     np.testing.assert_allclose([l[0], l[-1]], [9, -7], rtol=1e-6)  # float32
-    grads = jax.grad(lambda s: jnp.sum(s.log_snr(jnp.array([0.2, 0.7])) ** 2))(s)
+    grads = jax.jit(jax.grad(lambda s: jnp.sum(s.log_snr(jnp.array([0.2, 0.7])) ** 2)))(s)
     for leaf in jax.tree.leaves(grads):
         assert jnp.all(jnp.isfinite(leaf)) and jnp.any(leaf != 0)
     # Monotone whatever the weights: they pass through softplus.

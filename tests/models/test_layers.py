@@ -38,17 +38,24 @@ def test_sinusoidal_embedding(features):
 def test_group_norm(channels, groups, eps):
     # A small scale, at which eps decides the result.
     x = 2e-3 * images(2, 4, 6, channels) + 1e-3
-    module = layers.group_norm(channels, eps=eps, rngs=nnx.Rngs(0))
+    module = layers.group_norm(channels, groups=32, eps=eps, rngs=nnx.Rngs(0))
     theirs = nhwc(F.group_norm(nchw(x), groups, eps=eps))
     other = nhwc(F.group_norm(nchw(x), groups, eps=1.1e-5 - eps))
     np.testing.assert_allclose(module(jnp.array(x)), theirs, atol=2e-4)
     assert np.abs(theirs - other).max() > 1e-2
 
 
+@pytest.mark.parametrize("channels, groups", [(128, 32), (256, 32), (32, 8), (48, 12), (16, 4), (3, 1), (30, 1)])
+def test_groups_have_four_channels(channels, groups):
+    """In a group of one channel a norm would take away what is added to the channel, time embedding and all."""
+    module = layers.group_norm(channels, rngs=nnx.Rngs(0))
+    assert module.num_groups == groups
+
+
 def test_group_norm_is_float32_in_bfloat16():
     x = jnp.asarray(100 + images(2, 8, 8, 32), jnp.bfloat16)
     y = layers.group_norm(32, rngs=nnx.Rngs(0))(x)
-    theirs = nhwc(F.group_norm(nchw(np.asarray(x, np.float32)), 32))
+    theirs = nhwc(F.group_norm(nchw(np.asarray(x, np.float32)), 8))
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, theirs, atol=5e-3)
 
@@ -58,7 +65,7 @@ def test_attention(heads):
     c, x = 32, images(2, 3, 5, 32)
     module = layers.Attention(c, heads, rngs=nnx.Rngs(0))
     module.out.kernel[...] = jnp.eye(c)
-    h = F.group_norm(nchw(x), 32).flatten(2).mT
+    h = F.group_norm(nchw(x), 8).flatten(2).mT
     qkv = h @ torch.tensor(np.asarray(module.qkv.kernel[...]))
     q, k, v = (p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in qkv.chunk(3, dim=-1))
     theirs = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).numpy()

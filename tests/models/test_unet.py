@@ -98,6 +98,16 @@ def test_a_missing_label_is_the_null_label(conditional):
     assert np.abs(apply(params, x, t, {"label": jnp.full(4, 1)}) - null).max() > 1e-3
 
 
+@pytest.mark.parametrize("channels", [8, 16, 32])
+def test_a_narrow_network_sees_the_time(channels):
+    """With 32 groups the norm after the added embedding would erase it from a level of 32 channels or less."""
+    network = unet(channels=channels, multipliers=(1,), attention_levels=(), heads=1)
+    params, (x, t) = perturbed(network), inputs()
+    apply = jax.jit(network.apply)
+    difference = np.linalg.norm(apply(params, x, t, {}) - apply(params, x, t[::-1], {}))
+    assert difference > 0.05 * np.linalg.norm(apply(params, x, t, {}))
+
+
 def test_samples_do_not_mix(conditional):
     _, params, apply = conditional
     x, t = inputs()

@@ -31,9 +31,7 @@ def runs(request, tiny, tmp_path_factory):
             outcomes.append(loop.train(None, workdir, log=lines.append))
         return SimpleNamespace(workdir=workdir, lines=lines, outcomes=outcomes, state=outcomes[-1].state)
 
-    return SimpleNamespace(
-        one=train(), again=train(), resumed=train(stop_at=stop), config=config, end=end, stop=stop
-    )
+    return SimpleNamespace(one=train(), again=train(), resumed=train(stop_at=stop), config=config, end=end, stop=stop)
 
 
 def identical(a, b):
@@ -61,9 +59,7 @@ def test_a_stop_is_where_it_was_asked_for(runs):
 def test_a_resumed_run_is_the_same_run(runs):
     """Parameters, moments, average, the time sampler's losses: every leaf and every bit."""
     identical(runs.resumed.state, runs.one.state)
-    assert not np.array_equal(
-        jax.tree.leaves(runs.one.state.params)[0], jax.tree.leaves(runs.one.state.ema)[0]
-    )
+    assert not np.array_equal(jax.tree.leaves(runs.one.state.params)[0], jax.tree.leaves(runs.one.state.ema)[0])
 
 
 def test_the_validation_loss_does_not_notice(runs):
@@ -96,9 +92,7 @@ def test_steps_per_dispatch_changes_the_speed_alone(tiny, tmp_path):
     """23 steps as 3 dispatches of 7 and one of 2: float rounding apart, the run of single steps."""
     fields = ["train.steps=23", "train.eval_every=0", "optim.eps=1e-3", "process.prediction=x0"]
     outcomes = [
-        loop.train(
-            tiny("toy2d", *fields, f"train.steps_per_dispatch={k}"), tmp_path / str(k), log=lambda line: None
-        )
+        loop.train(tiny("toy2d", *fields, f"train.steps_per_dispatch={k}"), tmp_path / str(k), log=lambda line: None)
         for k in (1, 7)
     ]
     assert [o.step for o in outcomes] == [23, 23]
