@@ -104,7 +104,7 @@ def make_train_step(
             ema=ema_lib.update(state.ema, params, decay),
             timesteps=times.update(state.timesteps, t, losses, process.schedule),
         )
-        return new, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return step
 
