@@ -40,7 +40,15 @@ setup(
         "data": DATA,
         "bench": BENCH,
         # An exact torch: the tests compare numbers, and this release has a CPU-only build.
-        "test": [*DATA, "pytest>=8", "ruff>=0.12", "torch==2.13.0", "diffusers>=0.33", "tensorboard"],
+        "test": [
+            *DATA,
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "torch==2.13.0",
+            "diffusers>=0.33",
+            "tensorboard",
+        ],
     },
     entry_points={"console_scripts": ["jax-diffusion=jax_diffusion.cli.main:main"]},
 )

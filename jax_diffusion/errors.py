@@ -1,7 +1,9 @@
 """What a user did wrong, said in one line: the option, its value, the remedy."""
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -24,3 +26,22 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
 
     near = max(choices, key=likeness, default="")
     return f"did you mean {near!r}? " if near and likeness(near)[0] >= 0.5 else ""
+
+
+def check_options(
+    owner: str, function: Callable, options: Mapping[str, Any], positional: int = 0, also: str = ""
+) -> None:
+    """Raises UserError unless `function` takes every one of `options`, and numbers where its defaults are numbers.
+
+    positional: how many leading parameters are not options.  also: an option its caller has taken already.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[positional:]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = {p.name: p.default for p in parameters} | ({also: None} if also else {})
+    for option, value in options.items():
+        if option not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise UserError(f"{owner} has no option {option!r}: {did_you_mean(option, known)}{takes}")
+        if isinstance(known[option], int | float) and not isinstance(value, int | float):
+            raise UserError(f"{option}={value!r} of {owner} should be a number, like {known[option]}")

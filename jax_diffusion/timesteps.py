@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_diffusion.errors import UserError, choose
+from jax_diffusion.errors import check_options, choose
 from jax_diffusion.schedules import Discrete, Schedule, Shifted
 
 
@@ -173,7 +173,5 @@ SAMPLERS = {
 def make(name: str, **options):
     """The time sampler called `name` in SAMPLERS."""
     choose("timesteps", name, SAMPLERS)
-    try:
-        return SAMPLERS[name](**options)
-    except TypeError as e:
-        raise UserError(f"timesteps={name!r} does not take these options: {e}") from None
+    check_options(f"timesteps {name!r}", SAMPLERS[name], options)
+    return SAMPLERS[name](**options)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_diffusion.errors import UserError, choose
+from jax_diffusion.errors import check_options, choose
 
 # (lambda, -dlambda/dt) -> weight of |x_0 - x_0_hat|^2, elementwise. None stands for "simple".
 Weighting = Callable[[jax.Array, jax.Array], jax.Array]
@@ -68,7 +68,5 @@ WEIGHTINGS = {
 def make(name: str, **options) -> Weighting | None:
     """The weighting called `name` in WEIGHTINGS; None means weight one in prediction space."""
     choose("weighting", name, WEIGHTINGS)
-    try:
-        return WEIGHTINGS[name](**options)
-    except TypeError as e:
-        raise UserError(f"weighting={name!r} does not take these options: {e}") from None
+    check_options(f"weighting {name!r}", WEIGHTINGS[name], options)
+    return WEIGHTINGS[name](**options)

@@ -16,8 +16,8 @@ from jax_diffusion.cli.main import main
 from jax_diffusion.train import checkpoint, optim, state, step
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "hybrid": (2, 4, 1)}
-FIELDS = ["model.channels=16", "model.multipliers=(1,)", "model.attention_levels=()", "model.heads=2", "optim.learning_rate=1e-3", "optim.schedule=constant", "optim.warmup=0",
-          "optim.eps=1e-3"]  # fmt: skip
+FIELDS = ["model.channels=16", "model.multipliers=(1,)", "model.attention_levels=()", "model.heads=2",
+          "optim.learning_rate=1e-3", "optim.schedule=constant", "optim.warmup=0", "optim.eps=1e-3"]  # fmt: skip
 
 
 def make_mesh(name):

@@ -62,7 +62,7 @@ def test_readme_commands_parse(demo, capsys):
     assert len(commands) >= 4
     parser = main._parser()
     for command in commands:
-        options, rest = parser.parse_known_args(shlex.split(command)[1:])
+        _, rest = parser.parse_known_args(shlex.split(command)[1:])
         assert all(word.startswith("--config.") for word in rest), command
 
 

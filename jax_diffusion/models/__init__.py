@@ -1,9 +1,8 @@
 """Networks. Nothing outside this package imports Flax; outside it a network is (init, apply)."""
 
-import inspect
 from typing import Any
 
-from jax_diffusion.errors import choose
+from jax_diffusion.errors import check_options, choose
 from jax_diffusion.models.mlp import mlp
 from jax_diffusion.models.network import Network
 from jax_diffusion.models.unet import unet
@@ -16,6 +15,5 @@ MODELS = {"unet": unet, "mlp": mlp}
 def make(name: str, shape: tuple[int, ...], **options: Any) -> Network:
     """The network `name` for samples of `shape`: `make("unet", (32, 32, 3), channels=64)`."""
     build = MODELS[choose("model.name", name, MODELS)]
-    for option in options:
-        choose("a field of model", option, list(inspect.signature(build).parameters)[1:])
+    check_options(f"model {name!r}", build, options, positional=1)
     return build(tuple(shape), **options)

@@ -22,7 +22,7 @@ is conditioned on: integers 0..T-1 for discrete models, [0, 1] for continuous on
 
 import jax
 
-from jax_diffusion.errors import UserError, choose
+from jax_diffusion.errors import check_options, choose
 from jax_diffusion.schedules.base import Schedule, Shifted, alpha_sigma_from_log_snr
 from jax_diffusion.schedules.continuous import EDM, VE, Cosine, Flow, LinearLogSNR, VPLinear
 from jax_diffusion.schedules.discrete import BETAS, Discrete, betas
@@ -73,8 +73,6 @@ def make(name: str, *, shift: float = 1.0, **options) -> Schedule:
     >>> make("linear").alpha_bar[-1]        # 4.036e-05: what DDPM leaves of the signal
     """
     choose("schedule", name, SCHEDULES)
-    try:
-        schedule = SCHEDULES[name](**options)
-    except TypeError as e:
-        raise UserError(f"schedule={name!r} does not take these options: {e}") from None
+    check_options(f"schedule {name!r}", SCHEDULES[name], options, also="shift")
+    schedule = SCHEDULES[name](**options)
     return schedule if shift == 1.0 else Shifted(schedule, float(shift))

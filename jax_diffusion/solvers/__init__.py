@@ -1,8 +1,6 @@
 """Solvers as tables. `make("ddim", schedule, steps=50, eta=0.0)` builds one, `sample` runs any."""
 
-import inspect
-
-from jax_diffusion.errors import UserError, choose
+from jax_diffusion.errors import UserError, check_options, choose
 from jax_diffusion.schedules import Schedule
 from jax_diffusion.solvers import grids
 from jax_diffusion.solvers.ddim import ddim
@@ -18,15 +16,6 @@ SOLVERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun, "dpmpp_2m":
 _GRID_OPTIONS = ("offset", "rho", "final")
 
 
-def _check_numbers(function, options: dict) -> None:
-    """Raises UserError where an option whose default is a number is given something else."""
-    for option, value in options.items():
-        parameter = inspect.signature(function).parameters.get(option)
-        number = parameter is not None and isinstance(parameter.default, int | float)
-        if number and not isinstance(value, int | float):
-            raise UserError(f"{option}={value!r} should be a number, like {parameter.default}")
-
-
 def make(name: str, schedule: Schedule, steps: int, grid: str | Grid | None = None, **options) -> Table:
     """The table of solver `name` with `steps` steps on a schedule.
 
@@ -37,10 +26,8 @@ def make(name: str, schedule: Schedule, steps: int, grid: str | Grid | None = No
     """
     solver = SOLVERS[choose("solver", name, SOLVERS)]
     grid_options = {k: options.pop(k) for k in _GRID_OPTIONS if k in options}
-    for option in options:
-        choose(f"the option of solver {name!r}", option, list(inspect.signature(solver).parameters)[1:])
-    _check_numbers(solver, options)
-    _check_numbers(grids.times, grid_options)
+    check_options(f"solver {name!r}", solver, options, positional=1)
+    check_options("the grid", grids.make, grid_options, positional=3)
     if isinstance(grid, Grid):
         if grid_options:
             raise UserError(f"{', '.join(grid_options)}: these belong to making a grid, and one was given")

@@ -80,10 +80,18 @@ def _scale_at(schedule: Schedule, t: float) -> float:
     return float(schedule.sigma(np.float64(t))) if schedule.scaling == "ve" else schedule.prior_scale
 
 
-def make(schedule: Schedule, steps: int, spacing: str | None = None, *, final: str = "zero", **options) -> Grid:
+def make(
+    schedule: Schedule,
+    steps: int,
+    spacing: str | None = None,
+    *,
+    final: str = "zero",
+    offset: int = 0,
+    rho: float = 7.0,
+) -> Grid:
     """A grid of `steps` evaluations. The default spacing is the schedule's: trailing on discrete ones, karras
     on variance-exploding ones, uniform elsewhere."""
     if spacing is None:
         is_discrete = _discrete_steps(schedule) is not None
         spacing = "trailing" if is_discrete else "karras" if schedule.scaling == "ve" else "uniform"
-    return from_times(schedule, times(schedule, steps, spacing, **options), final)
+    return from_times(schedule, times(schedule, steps, spacing, offset=offset, rho=rho), final)

@@ -21,7 +21,8 @@ def learning_rate(name: str, peak: float, warmup: int, steps: int) -> optax.Sche
     if warmup < 0 or (name in ("cosine", "one_cycle") and warmup >= steps):
         raise UserError(f"optim.warmup={warmup} does not fit train.steps={steps}: use 0 <= warmup < steps")
     if name == "one_cycle":
-        return optax.cosine_onecycle_schedule(steps, peak, pct_start=max(warmup, 1) / steps)
+        # Half a step more, since optax truncates: 30 / 110 of 110 would be 29.
+        return optax.cosine_onecycle_schedule(steps, peak, pct_start=(max(warmup, 1) + 0.5) / steps)
     if name == "cosine":
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     elif name == "inverse_sqrt":

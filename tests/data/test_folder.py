@@ -8,7 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from jax_diffusion.data import ArraySource, load, progress
+from jax_diffusion import progress
+from jax_diffusion.data import ArraySource, load
 from jax_diffusion.data.encoded import LazySource
 from jax_diffusion.errors import UserError
 

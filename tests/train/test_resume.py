@@ -14,7 +14,15 @@ from jax_diffusion.train import loop
 RUNS = {"toy2d": (50, 20), "digits": (16, 6)}
 FIELDS = {
     "toy2d": ["process.timesteps=importance"],
-    "digits": ["model.dropout=0.1", "data.flip=True", "train.steps=16", "train.eval_every=4", "train.sample_every=0"],
+    "digits": [
+        "model.dropout=0.1",
+        "model.multipliers=(1,)",
+        "model.attention_levels=()",
+        "data.flip=True",
+        "train.steps=16",
+        "train.eval_every=4",
+        "train.sample_every=0",
+    ],
 }
 
 
