@@ -28,7 +28,6 @@ def get_config():
         scale_shift=True,
         resblock_updown=True,
         norm_eps=1e-6,
-        time_embedding="fourier",
     )
     # 10 Mimg of linear warm-up at 512 images a step.
     c.optim.update(learning_rate=1e-3, schedule="constant", warmup=19_531, clip=0.0)
