@@ -88,8 +88,8 @@ class Model:
         mesh = sharding.make_mesh() if mesh is None else mesh
         parts = sharding.batch_shards(mesh)
         batch_size = -(-min(batch_size, num) // parts) * parts
+        guided = labels is not None and guidance != 1.0  # without a condition there is nothing to guide by
         labels = self._labels(labels, num)
-        guided = labels is not None and guidance != 1.0
         place = sharding.batch_sharding(mesh)
         outputs, films = [], []
         for start in range(0, num, batch_size):

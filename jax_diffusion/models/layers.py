@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Dtype = jnp.dtype
-
 
 def zeros_init():
     return nnx.initializers.zeros_init()
