@@ -37,7 +37,7 @@ def _parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for a user's mistake, 130 for a second Ctrl-C."""
+    """Returns the exit status: 0, 2 for a mistake the user can mend, 130 for a second Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of its own routine
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as e:  # a path that cannot be written, a full disk: the system's own words name it
+        print(f"jax-diffusion: error: {e}", file=sys.stderr)
+        return 2
     return 0
 
 

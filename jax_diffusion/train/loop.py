@@ -67,7 +67,7 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
     stacked = t.steps_per_dispatch > 1
     if jax.default_backend() == "cpu" and (stacked or t.accumulate > 1) and len(s.shape) == 3:
         # Measured: docs/benchmarks.md.
-        log("note: on CPUs XLA runs the gradients of convolutions inside a loop about 15 times slower; use "
+        log("note: on CPUs XLA runs the gradients of convolutions inside a loop 12 to 20 times slower; use "
             "--config.train.steps_per_dispatch=1 --config.train.accumulate=1")  # fmt: skip
 
     def compiled(k: int):

@@ -15,6 +15,8 @@ MISTAKES = [
     (["train", "--workdir={new}"], ["--workdir={new}", "--config=digits"]),
     (["train", "--config=digitz", "--workdir={new}"], ["--config='digitz'", "did you mean 'digits'?"]),
     (["train", "--config={new}.py", "--workdir={new}"], ["--config={new}.py", "no such file"]),
+    (["train", "--config=digits", "--workdir=/dev/null/run"], ["/dev/null/run", "Not a directory"]),
+    ([*SAMPLE, "--npz=/dev/null/samples.npz"], ["/dev/null", "File exists"]),
     ([*TRAIN, "--stop_at=soon"], ["--stop_at", "'soon'"]),
     ([*TRAIN, "--stop_at=0"], ["--stop_at=0", "at least 1"]),
     ([*TRAIN, "--steps=5"], ["--steps=5", "--config.train.steps=100"]),
