@@ -16,6 +16,7 @@ Prints a line a metric and writes WORKDIR/evaluation.json.
 import argparse
 import json
 import pathlib
+import sys
 
 import numpy as np
 
@@ -48,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _accuracy(real, held_out, samples, asked) -> tuple[str, dict]:
-    from jax_diffusion.evals.judge import judge
+    from jax_diffusion.evals.judge import MAX_TRAIN, judge
 
+    print(f"fitting the judge on up to {MAX_TRAIN:,} of {len(real['label']):,} real images", file=sys.stderr)
     v = judge(real["image"], real["label"], held_out["image"], held_out["label"], samples, asked)
     worst = min(v.per_class, key=v.per_class.get)
     line = (

@@ -72,6 +72,7 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
 
     def compiled(k: int):
         if k not in cache:
+            log("compiling the training step: seconds to minutes, by the size of the network")
             started = time.perf_counter()
             batch = experiment.abstract_batch(s.source, t.batch_size)
             if stacked:
