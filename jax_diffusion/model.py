@@ -162,8 +162,7 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None, ema: bool = Tr
     config, facts = read_meta(workdir)
     shape, names = tuple(facts["shape"]), tuple(facts["class_names"])
     parts = experiment.build(config, shape, len(names))
-    abstract = jax.eval_shape(parts.network.init, jax.random.key(0))
-    place = sharding.replicated(sharding.make_mesh())
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract)
-    params, step = checkpoint.restore_weights(workdir, abstract, step=step, ema=ema)
+    shapes = jax.eval_shape(parts.network.init, jax.random.key(0))
+    whole = sharding.tree_shardings(sharding.make_mesh(), shapes, rules=())  # on every device
+    params, step = checkpoint.restore_weights(workdir, sharding.abstract(shapes, whole), step=step, ema=ema)
     return make(config, params, shape, names, step, parts)

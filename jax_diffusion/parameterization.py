@@ -25,14 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_diffusion.errors import choose
-from jax_diffusion.schedules import Discrete, Schedule, Shifted
+from jax_diffusion.schedules import Schedule
 from jax_diffusion.shapes import per_sample
 
 PREDICTIONS = ("x0", "epsilon", "v", "flow", "score", "edm")
-
-
-def _is_discrete(schedule: Schedule) -> bool:
-    return isinstance(schedule, Discrete) or (isinstance(schedule, Shifted) and _is_discrete(schedule.base))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Parameterization:
     def c_noise(self, t: jax.Array) -> jax.Array:
         """The number the network is conditioned on: the timestep itself (discrete), 1000 t (continuous),
         log(sigma) / 4 (EDM's and other variance-exploding ones)."""
-        if _is_discrete(self.schedule):
+        if self.schedule.steps:
             return t
         if self.schedule.scaling == "ve":
             return -self.schedule.log_snr(t) / 8

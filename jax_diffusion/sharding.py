@@ -108,6 +108,11 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Part
     return PartitionSpec(*rule)
 
 
+def abstract(tree: Any, shardings: Any) -> Any:
+    """The shapes and types of a pytree, placed: what compiling and restoring are told."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
 def tree_shardings(mesh: Mesh, tree: Any, rules: Rules = DEFAULT_RULES) -> Any:
     """A NamedSharding for each leaf of a (possibly abstract) pytree."""
     return jax.tree_util.tree_map_with_path(

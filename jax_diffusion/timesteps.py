@@ -14,27 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from jax_diffusion.errors import check_options, choose
-from jax_diffusion.schedules import Discrete, Schedule, Shifted
-
-
-def _base(schedule: Schedule) -> Schedule:
-    return _base(schedule.base) if isinstance(schedule, Shifted) else schedule
+from jax_diffusion.schedules import Schedule
 
 
 def from_unit(schedule: Schedule, u: jax.Array) -> jax.Array:
     """u in [0, 1) to a time: an integer 0..T-1 (as float32) on discrete schedules, else [t_min, t_max)."""
-    base = _base(schedule)
-    if isinstance(base, Discrete):
-        return jnp.minimum(jnp.floor(u * base.steps), base.steps - 1)
+    if schedule.steps:
+        return jnp.minimum(jnp.floor(u * schedule.steps), schedule.steps - 1)
     # Never the end itself: a flow has no noise at 0, and weights in SNR are infinite there.
     return schedule.t_min + jnp.maximum(u, 1e-6) * (schedule.t_max - schedule.t_min)
 
 
 def to_unit(schedule: Schedule, t: jax.Array) -> jax.Array:
     """The inverse of from_unit; integers map to the middle of their stretch."""
-    base = _base(schedule)
-    if isinstance(base, Discrete):
-        return (t + 0.5) / base.steps
+    if schedule.steps:
+        return (t + 0.5) / schedule.steps
     return (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
 
 
@@ -86,7 +80,7 @@ class LogNormal:
     def sample(self, state: Any, key: jax.Array, n: int, schedule: Schedule):
         log_sigma = self.mean + self.std * jax.random.normal(key, (n,))
         t = schedule.inverse(-2 * log_sigma)
-        if isinstance(_base(schedule), Discrete):
+        if schedule.steps:
             t = jnp.round(t)
         # EDM's objective has no ends; elsewhere time does.
         return (t if schedule.scaling == "ve" else jnp.clip(t, schedule.t_min, schedule.t_max)), jnp.ones((n,))
@@ -126,9 +120,7 @@ class Importance:
     uniform: float = 0.001
 
     def init(self, schedule: Schedule) -> Any:
-        bins = self.bins
-        if isinstance(_base(schedule), Discrete):
-            bins = min(bins, _base(schedule).steps)
+        bins = min(self.bins, schedule.steps or self.bins)
         return {"losses": jnp.zeros((bins, self.history)), "count": jnp.zeros((bins,), jnp.int32)}
 
     def probabilities(self, state: Any) -> jax.Array:

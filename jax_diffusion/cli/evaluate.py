@@ -27,25 +27,11 @@ METRICS = ("accuracy", "frechet")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sample.add_sampling_arguments(parser)
     add = parser.add_argument
-    add("--workdir", metavar="DIR", required=True, help="of a training run")
     add("--metrics", default="accuracy,frechet", metavar="M[,M...]", help="default: %(default)s")
     add("--num", type=int, default=1000, metavar="N", help="samples drawn (default: %(default)s)")
-    add("--guidance", type=float, metavar="S", help="default: the recipe's")
-    add("--solver", metavar="NAME", help="default: the recipe's")
-    add("--steps", type=int, metavar="N", help="default: the recipe's")
-    add("--grid", metavar="NAME", help="default: the recipe's")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="an option of the solver or its grid",
-    )
-    add("--seed", type=int, default=0, metavar="N")
     add("--batch_size", type=int, default=250, metavar="N", help="samples per call (default: %(default)s)")
-    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, or the raw ones")
-    add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
 
 
 def _accuracy(real, held_out, samples, asked) -> tuple[str, dict]:
@@ -103,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
         table,
         options.num,
         labels=labels,
-        guidance=guidance if labels is not None else 1.0,
+        guidance=guidance,
         batch_size=options.batch_size,
         progress=sample.progress_line("sampling", options.num),
     )

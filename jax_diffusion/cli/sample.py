@@ -18,12 +18,10 @@ import numpy as np
 from jax_diffusion.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which weights and which solver: what every command that samples takes."""
     add = parser.add_argument
     add("--workdir", metavar="DIR", required=True, help="of a training run")
-    add("--num", type=int, metavar="N", help="how many (default: the recipe's)")
-    add("--labels", metavar="L[,L...]", help="classes by number or name, repeated in turn; 'none': unconditional "
-        "(default: all classes in turn)")  # fmt: skip
     add(
         "--guidance",
         type=float,
@@ -40,9 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the solver or its grid: "
         "eta, variance, rho, offset, final")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N")
-    add("--batch_size", type=int, metavar="N", help="samples per call (default: the recipe's)")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, or the raw ones")
     add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sampling_arguments(parser)
+    add = parser.add_argument
+    add("--num", type=int, metavar="N", help="how many (default: the recipe's)")
+    add("--labels", metavar="L[,L...]", help="classes by number or name, repeated in turn; 'none': unconditional "
+        "(default: all classes in turn)")  # fmt: skip
+    add("--batch_size", type=int, metavar="N", help="samples per call (default: the recipe's)")
     add("--out", metavar="FILE", help="picture of all samples (default: WORKDIR/samples.png)")
     add("--npz", metavar="FILE", help="the samples as arrays: arr_0 uint8 [N, H, W, C], arr_1 the labels")
     add("--trajectory", metavar="FILE", help="GIF film of the denoised prediction at every evaluation")
@@ -149,7 +155,7 @@ def run(options: argparse.Namespace) -> None:
         table,
         num,
         labels=labels,
-        guidance=guidance if labels is not None else 1.0,
+        guidance=guidance,
         batch_size=options.batch_size or said.batch_size,
         trajectory=options.trajectory is not None,
         progress=progress_line("sampling", num),
@@ -157,7 +163,7 @@ def run(options: argparse.Namespace) -> None:
     samples, film = out if options.trajectory else (out, None)
     seconds = time.perf_counter() - started
     path = options.out or f"{options.workdir}/samples.png"
-    columns = len(labels) if labels and 1 < len(labels) <= 20 and num > len(labels) else None
+    columns = io.class_columns(len(labels)) if labels and num > len(labels) else None
     io.save_grid(path, samples, columns=columns)
     written = [path]
     if options.npz:

@@ -1,5 +1,5 @@
 """Writing samples down."""
 
-from jax_diffusion.io.images import grid, save_film, save_grid, save_npz, scatter
+from jax_diffusion.io.images import class_columns, grid, save_film, save_grid, save_npz, save_picture, scatter
 
-__all__ = ["grid", "save_film", "save_grid", "save_npz", "scatter"]
+__all__ = ["class_columns", "grid", "save_film", "save_grid", "save_npz", "save_picture", "scatter"]

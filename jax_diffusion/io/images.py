@@ -58,9 +58,19 @@ def _parent(path) -> pathlib.Path:
     return path
 
 
+def class_columns(classes: int) -> int | None:
+    """Columns of a grid whose labels go round: one a class, where that makes a readable row; else None."""
+    return classes if 1 < classes <= 20 else None
+
+
+def save_picture(path: str | pathlib.Path, picture: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] as a PNG (or whatever the suffix says)."""
+    _image(picture).save(_parent(path))
+
+
 def save_grid(path: str | pathlib.Path, samples: np.ndarray, **options) -> None:
-    """Writes grid(samples, **options) as a PNG (or whatever the suffix says)."""
-    _image(grid(samples, **options)).save(_parent(path))
+    """Writes grid(samples, **options) as save_picture does."""
+    save_picture(path, grid(samples, **options))
 
 
 def save_film(path: str | pathlib.Path, frames: Sequence[np.ndarray], fps: int = 12, **options) -> None:

@@ -77,6 +77,12 @@ def dense(cin, cout, *, zero=False, dtype=None, rngs) -> nnx.Linear:
     return nnx.Linear(cin, cout, dtype=dtype, param_dtype=jnp.float32, rngs=rngs, **init)
 
 
+def embed_label(embed: nnx.Embed, cond: dict, batch: int) -> jax.Array:
+    """The embedding [B, E] of cond["label"]; of the null label, the table's last row, where it is missing."""
+    null = jnp.full((batch,), embed.num_embeddings - 1, jnp.int32)
+    return embed(cond.get("label", null))
+
+
 def upsample(x: jax.Array) -> jax.Array:
     """Nearest neighbour, twice the size, as a broadcast: no gather. [B, H, W, C] -> [B, 2H, 2W, C]."""
     b, h, w, c = x.shape

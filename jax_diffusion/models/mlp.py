@@ -1,7 +1,6 @@
 """A residual MLP for points, [B, D]: toy distributions and tests."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jax_diffusion.models import layers
@@ -28,14 +27,13 @@ class MLP(nnx.Module):
         self.blocks = nnx.List([Block(width, rngs=rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = layers.dense(width, out_features, zero=True, rngs=rngs)
-        self.width, self.num_classes = width, num_classes
+        self.width = width
 
     def __call__(self, x, c_noise, cond, key):
         emb = layers.sinusoidal_embedding(c_noise, self.width)
         emb = self.time2(jax.nn.silu(self.time1(emb)))
         if self.label is not None:
-            null = jnp.full(c_noise.shape, self.num_classes, jnp.int32)
-            emb = emb + self.label(cond.get("label", null))
+            emb = emb + layers.embed_label(self.label, cond, len(c_noise))
         emb, h = jax.nn.silu(emb), self.stem(x)
         for block in self.blocks:
             h = block(h, emb)

@@ -149,7 +149,7 @@ class UNet(nnx.Module):
         self.down, self.up, self.grow = nnx.List(down), nnx.List(up), nnx.List(grow)
         self.norm = layers.group_norm(width, **norm, rngs=rngs)
         self.head = layers.conv(width, out_channels * patch**2, zero=True, rngs=rngs)
-        self.channels, self.blocks, self.num_classes, self.patch = channels, blocks, num_classes, patch
+        self.channels, self.blocks, self.patch = channels, blocks, patch
         self.remat, self.dtype, self.constrain = remat, dtype, constrain
 
     def embedding(self, c_noise: jax.Array, cond: dict) -> jax.Array:
@@ -158,8 +158,7 @@ class UNet(nnx.Module):
         e = self.fourier(c_noise) if self.fourier else sinusoidal(c_noise, self.channels)
         e = self.time2(jax.nn.silu(self.time1(e)))
         if self.label is not None:
-            null = jnp.full(c_noise.shape, self.num_classes, jnp.int32)
-            e = e + self.label(cond.get("label", null))
+            e = e + layers.embed_label(self.label, cond, len(c_noise))
         return e
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:

@@ -65,6 +65,11 @@ class Schedule(abc.ABC):
     @abc.abstractmethod
     def t_max(self) -> float: ...
 
+    @property
+    def steps(self) -> int | None:
+        """How many integer times a discrete schedule has; None where time is continuous."""
+        return None
+
     @abc.abstractmethod
     def log_snr(self, t: Array) -> Array:
         """lambda(t), decreasing in t. t: any shape."""
@@ -119,6 +124,10 @@ class Shifted(Schedule):
     @property
     def t_max(self) -> float:
         return self.base.t_max
+
+    @property
+    def steps(self) -> int | None:
+        return self.base.steps
 
     def log_snr(self, t: Array) -> Array:
         return self.base.log_snr(t) - 2 * np.log(self.shift)

@@ -14,22 +14,16 @@ the schedule's least noisy point (DDIM's set_alpha_to_one=False).
 import numpy as np
 
 from jax_diffusion.errors import UserError, choose
-from jax_diffusion.schedules import Discrete, Schedule, Shifted
+from jax_diffusion.schedules import Schedule
 from jax_diffusion.solvers.table import Grid
 
 SPACINGS = ("leading", "trailing", "linspace", "uniform", "karras", "log_snr")
 
 
-def _discrete_steps(schedule: Schedule) -> int | None:
-    while isinstance(schedule, Shifted):
-        schedule = schedule.base
-    return schedule.steps if isinstance(schedule, Discrete) else None
-
-
 def times(schedule: Schedule, steps: int, spacing: str, *, offset: int = 0, rho: float = 7.0) -> np.ndarray:
     """The N = steps evaluation times, decreasing, float64 [N]."""
     choose("grid", spacing, SPACINGS)
-    total = _discrete_steps(schedule)
+    total = schedule.steps
     if steps < 1:
         raise UserError(f"steps={steps} is too few: give at least 1")
     if spacing in ("leading", "trailing", "linspace"):
@@ -92,6 +86,5 @@ def make(
     """A grid of `steps` evaluations. The default spacing is the schedule's: trailing on discrete ones, karras
     on variance-exploding ones, uniform elsewhere."""
     if spacing is None:
-        is_discrete = _discrete_steps(schedule) is not None
-        spacing = "trailing" if is_discrete else "karras" if schedule.scaling == "ve" else "uniform"
+        spacing = "trailing" if schedule.steps else "karras" if schedule.scaling == "ve" else "uniform"
     return from_times(schedule, times(schedule, steps, spacing, offset=offset, rho=rho), final)

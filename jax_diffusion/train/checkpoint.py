@@ -104,7 +104,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, *exc):
-        self.manager.wait_until_finished()
+        self.wait()
         self.manager.close()
 
 

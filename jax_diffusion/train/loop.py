@@ -40,10 +40,9 @@ def _start(s: setup.Setup, checkpoints: checkpoint.Checkpointer, log):
     key = jax.random.fold_in(jax.random.key(s.config.seed), 0)
     if checkpoints.latest() is None:
         return state.create(s.init, key, s.mesh, s.config.mesh.rules)
-    abstract = jax.eval_shape(s.init, key)
-    shardings = sharding.tree_shardings(s.mesh, abstract, s.config.mesh.rules)
-    place = lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh)  # noqa: E731
-    restored = checkpoints.restore(jax.tree.map(place, abstract, shardings))
+    shapes = jax.eval_shape(s.init, key)
+    shardings = sharding.tree_shardings(s.mesh, shapes, s.config.mesh.rules)
+    restored = checkpoints.restore(sharding.abstract(shapes, shardings))
     log(f"resuming {s.workdir} at step {int(restored.step):,} of {s.config.train.steps:,}")
     return restored, shardings
 
@@ -63,7 +62,7 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
         ema_decay=s.config.ema.decay,
         ema_warmup=s.config.ema.warmup,
     )
-    abstract_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), train_state)
+    abstract_state = sharding.abstract(train_state, shardings)
     stacked = t.steps_per_dispatch > 1
     if jax.default_backend() == "cpu" and (stacked or t.accumulate > 1) and len(s.shape) == 3:
         # Measured: docs/benchmarks.md.

@@ -35,7 +35,7 @@ class Artist:
         self.model = models.make(s.config, None, s.shape, s.class_names, 0, s.parts)
         self.table = self.model.default_table()
         # A row of ten digits, a row of five flowers: a column shows one class.
-        self.columns = len(s.class_names) if 1 < len(s.class_names) <= 20 else None
+        self.columns = io.class_columns(len(s.class_names))
 
     def __call__(self, step: int, ema) -> None:
         labels = list(range(len(self.s.class_names))) or None
@@ -49,5 +49,6 @@ class Artist:
             mesh=self.s.mesh,
         )
         if jax.process_index() == 0:
-            io.save_grid(self.s.workdir / "samples" / f"step_{step:08d}.png", samples, columns=self.columns)
-            self.writer.write_images(step, {"samples": io.grid(samples, columns=self.columns)})
+            picture = io.grid(samples, columns=self.columns)
+            io.save_picture(self.s.workdir / "samples" / f"step_{step:08d}.png", picture)
+            self.writer.write_images(step, {"samples": picture})

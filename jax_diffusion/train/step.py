@@ -42,6 +42,12 @@ def _microbatches(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
+def losses_of(network: Network, process: Gaussian, params, x_t, target, t, cond, key=None) -> jax.Array:
+    """The process's loss of the network's prediction, [B]; with a key, dropout is on."""
+    inputs, c_noise = process.network_inputs(x_t, t)
+    return process.loss(network.apply(params, inputs, c_noise, cond, key=key), target, x_t, t)
+
+
 def make_train_step(
     network: Network,
     process: Gaussian,
@@ -59,10 +65,8 @@ def make_train_step(
     microbatches, so accumulation changes the memory and not the mathematics."""
 
     def loss_fn(params, x_t, target, t, weight, cond, key):
-        inputs, c_noise = process.network_inputs(x_t, t)
-        prediction = network.apply(params, inputs, c_noise, cond, key=key)
-        loss = process.loss(prediction, target, x_t, t)
-        return jnp.mean(weight * loss), loss
+        losses = losses_of(network, process, params, x_t, target, t, cond, key)
+        return jnp.mean(weight * losses), losses
 
     def step(state: TrainState, batch: Batch):
         # The stream starts at the seed; init uses the seed's own key, hence the fold by step + 1.
@@ -138,8 +142,7 @@ def make_eval_step(network: Network, process: Gaussian, times, *, seed: int):
         x0 = augment.to_float(batch["image"])
         t, weight = times.sample(times.init(process.schedule), k_time, x0.shape[0], process.schedule)
         x_t, target = process.q_sample(k_noise, x0, t)
-        inputs, c_noise = process.network_inputs(x_t, t)
-        prediction = network.apply(params, inputs, c_noise, conditions(batch, network.num_classes))
-        return jnp.mean(weight * process.loss(prediction, target, x_t, t))
+        cond = conditions(batch, network.num_classes)
+        return jnp.mean(weight * losses_of(network, process, params, x_t, target, t, cond))
 
     return eval_step
