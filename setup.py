@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "jax_diffusion" / "version.py").read_text())[1]
 
 DATA = ["array_record", "scikit-learn>=1.4"]
+PLOT = ["matplotlib"]
 BENCH = ["torch>=2.6", "diffusers>=0.33"]
 
 setup(
@@ -38,10 +39,12 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "data": DATA,
+        "plot": PLOT,
         "bench": BENCH,
         # An exact torch: the tests compare numbers, and this release has a CPU-only build.
         "test": [
             *DATA,
+            *PLOT,
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -10,14 +10,14 @@ import importlib
 from jax_diffusion.version import __version__
 
 _MODULES = (
-    "cli", "config", "data", "errors", "evals", "guidance", "io", "models", "parameterization",
+    "cli", "conditions", "config", "data", "editing", "errors", "evals", "guidance", "io", "models", "parameterization",
     "posterior", "process", "schedules", "sharding", "solvers", "timesteps", "train", "weighting",
 )  # fmt: skip
 _NAMES = {
     "Model": "jax_diffusion.model",
     "UserError": "jax_diffusion.errors",
     "load": "jax_diffusion.model",
-    "sample": "jax_diffusion.solvers.table",
+    "sample": "jax_diffusion.solvers.sampling",
 }
 
 __all__ = ["__version__", *_MODULES, *_NAMES]

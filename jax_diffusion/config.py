@@ -36,6 +36,7 @@ def default() -> ConfigDict:
                 "holdout": 0.1,  # share kept for validation where there is no test set
                 "max_bytes": 8 << 30,  # larger folders are decoded batch by batch
             },
+            "condition": {"name": "none"},  # low_resolution, gray, and its options, see conditions.make
             "process": {
                 "schedule": {"name": "linear"},  # and its options, see schedules.make
                 "prediction": "epsilon",  # x0, epsilon, v, flow, score, edm
@@ -57,7 +58,7 @@ def default() -> ConfigDict:
                 "resblock_updown": False,
                 "downsample_padding": (0, 1),
                 "time_embedding": "sinusoidal",
-                "cond_channels": 0,
+                "cond_channels": 0,  # of a condition image; the condition group sets it by itself
                 "patch": 1,
                 "norm_groups": 0,  # 0: 32, fewer where a group would have less than 4 channels
                 "norm_eps": 1e-5,
@@ -198,7 +199,7 @@ def _set(config: ConfigDict, field: str, value: Any) -> None:
         value = _cast(field, node[last], value)
         if isinstance(value, ConfigDict):
             del node[last]  # a component is replaced with its options, not merged into the old one's
-    elif not (groups[:1] == ["process"] and "name" in node):  # a component's options are checked by its maker
+    elif not (groups and groups[0] in ("process", "condition") and "name" in node):  # its maker checks the options
         raise _unknown(field, ".".join(groups), last, list(node))
     with node.ignore_type():
         node[last] = value
@@ -216,6 +217,9 @@ def override(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
     return config
 
 
+_GAINED = {"condition": {"name": "none"}}
+
+
 def _untupled(value: Any) -> Any:
     return tuple(_untupled(v) for v in value) if isinstance(value, list) else value
 
@@ -225,14 +229,15 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config saved by to_json; lists come back as the tuples they were."""
+    """The config saved by to_json; lists come back as the tuples they were, and a group that younger configs have
+    gained comes with the value that says what older ones did."""
 
     def restore(node):
         if isinstance(node, dict):
             return {k: restore(v) for k, v in node.items()}
         return _untupled(node)
 
-    return ConfigDict(restore(json.loads(text)))
+    return ConfigDict({**_GAINED, **restore(json.loads(text))})
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jax_diffusion import conditions, models, process, schedules, solvers, timesteps
 from jax_diffusion import config as configs
-from jax_diffusion import models, process, schedules, solvers, timesteps
+from jax_diffusion.conditions import Condition
 from jax_diffusion.data import Source
 from jax_diffusion.models import Network
 from jax_diffusion.process import Gaussian
@@ -17,6 +18,7 @@ class Parts(NamedTuple):
     network: Network
     process: Gaussian
     times: Any  # a sampler of timesteps.py
+    condition: Condition | None = None  # on an image
 
 
 def build(
@@ -27,13 +29,17 @@ def build(
 ) -> Parts:
     """The network, process and time sampler of a config, for samples of `shape` and `num_classes` (0: none)."""
     p = config.process
+    condition = conditions.make(config.condition.name, shape, **configs.options(config.condition))
+    options = configs.options(config.model)
+    if condition is not None:
+        options["cond_channels"] = condition.channels
     network = models.make(
         config.model.name,
         shape,
         num_classes=num_classes,
         learn_variance=p.learn_variance,
         constrain=constrain,
-        **configs.options(config.model),
+        **options,
     )
     gaussian = process.make(
         schedules.make(p.schedule.name, **configs.options(p.schedule)),
@@ -43,7 +49,8 @@ def build(
         sigma_data=p.sigma_data,
         **configs.options(p.weighting),
     )
-    return Parts(network, gaussian, timesteps.make(p.timesteps.name, **configs.options(p.timesteps)))
+    times = timesteps.make(p.timesteps.name, **configs.options(p.timesteps))
+    return Parts(network, gaussian, times, condition)
 
 
 def default_table(config: configs.ConfigDict, gaussian: Gaussian) -> solvers.Table:

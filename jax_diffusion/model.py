@@ -11,28 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion import config as configs
-from jax_diffusion import experiment, guidance, sharding
+from jax_diffusion import editing, experiment, sharding
+from jax_diffusion.conditions import Condition
+from jax_diffusion.data import augment
 from jax_diffusion.errors import UserError
+from jax_diffusion.guidance import model as guiding
 from jax_diffusion.models import Network
 from jax_diffusion.process import Gaussian
-from jax_diffusion.solvers.table import Table, sample
+from jax_diffusion.solvers import Table, sample
 
 
 def _make_generate(network: Network, process: Gaussian) -> Callable:
-    """The one compiled function behind Model.sample. Solver, guidance scale, labels and seed are data."""
+    """The one compiled function behind Model.sample. Solver, guidance scale, labels and seed are data.
 
-    def generate(params, key, table, indices, cond, scale, *, shape, guided, clip, trajectory):
-        conditional = guidance.model_denoiser(process, network.apply, params)
-        if guided:
-            null = {**cond, "label": jnp.full_like(cond["label"], network.num_classes)}
-            denoise = guidance.classifier_free(conditional, cond, null, scale)
-        else:
-            denoise = guidance.condition(conditional, cond)
-        if clip:
-            denoise = guidance.clip(denoise)
-        return sample(key, denoise, table, shape, indices=indices, trajectory=trajectory)
+    samples, shared: see guiding.denoiser.  start: {} from noise, {"x"} from a state, {"known", "mask"} inpainting.
+    """
 
-    return jax.jit(generate, static_argnames=("shape", "guided", "clip", "trajectory"))
+    def generate(params, key, table, indices, samples, shared, start, *, shape, clip, trajectory, weak):
+        denoise = guiding.denoiser(network.apply, process, params, samples, shared, clipped=clip, weak=weak)
+        options = {"indices": indices, "trajectory": trajectory}
+        if "known" in start:
+            return editing.inpaint(key, denoise, table, process.schedule, **start, **options)
+        return sample(key, denoise, table, shape, **start, **options)
+
+    return jax.jit(generate, static_argnames=("shape", "clip", "trajectory", "weak"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class Model:
     class_names: tuple[str, ...]  # () for unconditional models
     step: int  # training steps behind the parameters
     generate: Callable
+    condition: Condition | None = None  # on an image
 
     def with_params(self, params: Any, step: int) -> "Model":
         """The same model and compiled program with other parameters."""
@@ -63,7 +66,15 @@ class Model:
         num: int = 1,
         *,
         labels: Any = None,
-        guidance: float = 1.0,
+        images: Any = None,
+        start: Any = None,
+        known: Any = None,
+        mask: Any = None,
+        guidance: Any = 1.0,
+        negative: Any = None,
+        autoguide: Any = None,
+        threshold: float | None = None,
+        clip: bool | None = None,
         batch_size: int = 64,
         trajectory: bool = False,
         mesh=None,
@@ -78,7 +89,19 @@ class Model:
           key:        jax.random.key(seed).
           table:      from solvers.make; None is the recipe's own.
           labels:     a class index, a sequence of `num` (or fewer: repeated in turn), or None: no condition.
-          guidance:   scale of classifier-free guidance; 1 is none.
+          images:     for models conditioned on an image, what to make samples of: [N, H, W, C] clean pictures, or
+                      [N, h, w, c] small or grey ones as `condition.observed` says, uint8 or float in [-1, 1];
+                      fewer than `num` are repeated in turn.
+          start:      [num, *shape] states to start from at the table's first time, instead of noise.
+          known:      [num, *shape] images to inpaint: their pixels under the mask are kept (editing.inpaint).
+          mask:       bool [H, W], [num, H, W] or [num, H, W, 1 or C]; True is known.
+          guidance:   scale of guidance by the labels, 1 is none; a sequence of `num` (or fewer: repeated in turn);
+                      or guidance.Settings, with an interval, rescaling or projection.
+          negative:   labels to lead away from instead of from the average sample, given as `labels` are.
+          autoguide:  a weaker Model, or parameters of this one from early in training: what to lead away from, with
+                      labels or without (guidance.autoguide).
+          threshold:  percentile of dynamic thresholding, in place of clipping; None is none.
+          clip:       x0_hat to [-1, 1]; None is the recipe's choice.
           batch_size: samples per call of the compiled program; larger requests run in several calls.
           trajectory: also return x0_hat at every evaluation, [N, num, *shape].
           mesh:       sharding.make_mesh(...); None uses all devices, data parallel.
@@ -88,18 +111,23 @@ class Model:
         mesh = sharding.make_mesh() if mesh is None else mesh
         parts = sharding.batch_shards(mesh)
         batch_size = -(-min(batch_size, num) // parts) * parts
-        guided = labels is not None and guidance != 1.0  # without a condition there is nothing to guide by
-        labels = self._labels(labels, num)
+        weak, weak_kind = guiding.weak_network(self, autoguide)
+        samples, shared = self._request(num, labels, images, guidance, negative, weak, threshold)
+        begin = self._start(start, known, mask, num)
+        if "known" in begin:
+            editing.check_table(table)
+        clip = self.config.sampling.clip if clip is None else clip
         place = sharding.batch_sharding(mesh)
         outputs, films = [], []
         for start in range(0, num, batch_size):
             # The last call is filled up with samples that are thrown away: one shape, one program.
             indices = np.arange(start, start + batch_size)
-            cond = {} if labels is None else {"label": labels[np.minimum(indices, num - 1)]}
-            indices, cond = jax.device_put((indices.astype(np.int32), cond), place)
+            rows = np.minimum(indices, num - 1)
+            inputs = jax.tree.map(lambda v, rows=rows: v[rows], (samples, begin))
+            indices, (rows, x) = jax.device_put((indices.astype(np.int32), inputs), place)
             out = self.generate(
-                self.params, key, table, indices, cond, jnp.float32(guidance),
-                shape=self.shape, guided=guided, clip=self.config.sampling.clip, trajectory=trajectory,
+                self.params, key, table, indices, rows, shared, x,
+                shape=self.shape, clip=clip, trajectory=trajectory, weak=weak_kind,
             )  # fmt: skip
             out = _gather(out)
             outputs.append(out[0] if trajectory else out)
@@ -108,6 +136,84 @@ class Model:
             progress(min(start + batch_size, num), num)
         images = np.concatenate(outputs)[:num]
         return (images, np.concatenate(films, axis=1)[:, :num]) if trajectory else images
+
+    def denoiser(
+        self,
+        num: int,
+        *,
+        labels: Any = None,
+        images: Any = None,
+        guidance: Any = 1.0,
+        negative: Any = None,
+        autoguide: Any = None,
+        threshold: float | None = None,
+        clip: bool | None = None,
+    ) -> dict[str, Any]:
+        """`denoiser`, `params` and `cond` of `num` samples for solvers.optimize; arguments as for `sample`."""
+        weak, weak_kind = guiding.weak_network(self, autoguide)
+        cond, shared = self._request(num, labels, images, guidance, negative, weak, threshold)
+        clip = self.config.sampling.clip if clip is None else clip
+
+        def denoiser(params, samples):
+            params, shared = params
+            return guiding.denoiser(
+                self.network.apply, self.process, params, samples, shared, clipped=clip, weak=weak_kind
+            )
+
+        return {"denoiser": denoiser, "params": (self.params, shared), "cond": cond}
+
+    def _request(self, num, labels, images, guidance, negative, weak, threshold) -> tuple[dict, dict]:
+        cond = {"label": self._labels(labels, num), "image": self._images(images, num)}
+        cond = {k: v for k, v in cond.items() if v is not None}
+        if negative is not None:
+            negative = self._labels(negative, num)
+        return guiding.request(num, cond, self.network.num_classes, guidance, negative, weak, threshold)
+
+    def condition_images(self, images: Any) -> np.ndarray:
+        """What the network is shown of `images` (see `sample`): [N, H, W, channels] float32 in [-1, 1]."""
+        if self.condition is None:
+            raise UserError("images: this model is not conditioned on an image; leave them out")
+        images = np.asarray(augment.to_float(np.asarray(images)), np.float32)
+        # A small or grey picture is what was observed already.
+        full = images.ndim == 4 and images.shape[1:] == self.shape
+        if not full and images.shape[1:] != self.condition.observed:
+            raise UserError(
+                f"images of shape {images.shape}: give [N, {', '.join(map(str, self.shape))}] clean ones or "
+                f"[N, {', '.join(map(str, self.condition.observed))}]"
+            )
+        return np.asarray((self.condition.apply if full else self.condition.present)(jnp.asarray(images)))
+
+    def _images(self, images, num: int) -> np.ndarray | None:
+        if images is None:
+            if self.condition is None:
+                return None
+            raise UserError(
+                f"this model is conditioned on an image ({self.condition.name}): give it some, with "
+                "`jax-diffusion upscale` or `colorize`, or sample(images=...)"
+            )
+        shown = self.condition_images(images)
+        return shown[np.arange(num) % len(shown)]
+
+    def _start(self, start, known, mask, num: int) -> dict[str, np.ndarray]:
+        """What `generate` starts from, arrays of `num` samples."""
+        if known is None and mask is None:
+            return {} if start is None else {"x": self._states("start", start, num)}
+        if known is None or mask is None or start is not None:
+            raise UserError("inpainting needs both known= and mask=, and makes its own start")
+        mask = np.asarray(mask, bool)
+        if len(self.shape) == 3 and mask.ndim in (2, 3):
+            mask = mask[..., None]  # [H, W], [num, H, W]
+        try:
+            mask = np.broadcast_to(mask, (num, *self.shape))
+        except ValueError:
+            raise UserError(f"mask of shape {mask.shape}: images of {self.shape} take [H, W] or [num, H, W]") from None
+        return {"known": self._states("known", known, num), "mask": mask}
+
+    def _states(self, name: str, states, num: int) -> np.ndarray:
+        states = np.asarray(states, np.float32)
+        if states.shape != (num, *self.shape):
+            raise UserError(f"{name} of shape {states.shape}: {num} samples need {(num, *self.shape)}")
+        return states
 
     def _labels(self, labels, num: int) -> np.ndarray | None:
         classes = self.network.num_classes
@@ -134,7 +240,9 @@ def _gather(x):
 def make(config, params, shape, class_names, step: int, parts: experiment.Parts) -> Model:
     """A Model around parameters one already has."""
     generate = _make_generate(parts.network, parts.process)
-    return Model(config, parts.network, parts.process, params, tuple(shape), tuple(class_names), step, generate)
+    return Model(
+        config, parts.network, parts.process, params, tuple(shape), tuple(class_names), step, generate, parts.condition
+    )
 
 
 def read_meta(workdir: str | pathlib.Path) -> tuple[configs.ConfigDict, dict[str, Any]]:

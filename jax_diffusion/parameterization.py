@@ -24,7 +24,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jax_diffusion.errors import choose
+from jax_diffusion.errors import UserError, choose
 from jax_diffusion.schedules import Schedule
 from jax_diffusion.shapes import per_sample
 
@@ -44,6 +44,13 @@ class Parameterization:
 
     def __post_init__(self):
         choose("prediction", self.prediction, PREDICTIONS)
+        schedule = self.schedule
+        # Training visits the last integer, where eq. 2 divides by alpha unless x_0 is part of the target.
+        if schedule.steps and self.prediction in ("epsilon", "score", "edm") and schedule.alpha(schedule.t_max) == 0:
+            raise UserError(
+                f"prediction={self.prediction!r} cannot be learned with zero terminal SNR: at the last timestep "
+                "nothing is left of x_0 to recover; choose v, x0 or flow"
+            )
 
     def mix(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(a, b) of eq. 1, each of t's shape."""

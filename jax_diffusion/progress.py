@@ -32,7 +32,7 @@ class Progress:
         self.shown = now
         rate = self.done / elapsed
         left = (self.total - self.done) / rate
-        line = f"{self.what}: {self.done:,}/{self.total:,}, {rate:,.0f}/s, {left:.0f} s left"
+        line = f"{self.what}: {self.done:,}/{self.total:,}, {rate:,.{0 if rate >= 10 else 2}f}/s, {left:.0f} s left"
         end = "\n" if last or not self.tty else ""
         sys.stderr.write(("\r\x1b[K" if self.tty else "") + line + end)
         sys.stderr.flush()

@@ -46,11 +46,16 @@ def truncated_snr() -> Weighting:
 
 
 def elbo() -> Weighting:
-    return lambda l, rate: 0.5 * rate * jnp.exp(l)
+    return lambda l, rate: _times_rate(0.5 * jnp.exp(l), rate)
 
 
 def sigmoid(bias: float = 2.0) -> Weighting:
-    return lambda l, rate: 0.5 * rate * jnp.exp(l + jax.nn.log_sigmoid(bias - l))
+    return lambda l, rate: _times_rate(0.5 * jnp.exp(l + jax.nn.log_sigmoid(bias - l)), rate)
+
+
+def _times_rate(w: jax.Array, rate: jax.Array) -> jax.Array:
+    """w rate, and 0 where the signal is gone: lambda falls without end there, its SNR all the same."""
+    return w * jnp.where(w > 0, rate, 0.0)
 
 
 WEIGHTINGS = {

@@ -53,3 +53,13 @@ def run(tiny, tmp_path_factory):
     config = tiny("digits")
     outcome = loop.train(config, workdir, log=lines.append)
     return SimpleNamespace(workdir=workdir, lines=lines, outcome=outcome, config=config)
+
+
+@pytest.fixture(scope="session")
+def conditioned_run(tiny, tmp_path_factory):
+    """The same for a model conditioned on the digits at half the resolution."""
+    workdir, lines = tmp_path_factory.mktemp("conditioned"), []
+    config = tiny("digits", "condition=low_resolution", "condition.factor=2", "process.prediction=x0", "model.blocks=1",
+                  "optim.learning_rate=2e-3", "train.sample_every=60", "sampling.num=6")  # fmt: skip
+    outcome = loop.train(config, workdir, log=lines.append)
+    return SimpleNamespace(workdir=workdir, lines=lines, outcome=outcome, config=config)

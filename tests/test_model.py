@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from jax_diffusion import experiment, guidance, solvers
 from jax_diffusion import model as models
-from jax_diffusion import solvers
 from jax_diffusion.errors import UserError
+from jax_diffusion.solvers import noise, optimize
 
 KEY = jax.random.key(3)
 # The batch size changes XLA's order of summation, nothing else; a few float32 steps amplify 1e-7 to this.
@@ -100,3 +101,69 @@ def test_progress_counts_to_the_end(model, table):
 def test_a_label_outside_the_classes(model, labels):
     with pytest.raises(UserError, match="the classes are 0 to 9"):
         model.sample(KEY, None, 2, labels=labels)
+
+
+def test_settings_of_guidance_are_data(model, table, reference):
+    """Other numbers are the same program; a scale per sample is that sample's."""
+    options = {"labels": [1, 2, 3], "batch_size": 7}
+
+    def sample(settings, **more):
+        return model.sample(KEY, table, 10, guidance=settings, **options, **more)
+
+    full = guidance.Settings(2.0, (0.0, np.inf), 0.0, (1.0, np.inf))
+    np.testing.assert_allclose(sample(full), reference, atol=TOLERANCE)
+    compiled = model.generate._cache_size()
+    other = sample(guidance.Settings(3.0, (0.2, 5.0), 0.7, (0.0, 2.0)))
+    assert model.generate._cache_size() == compiled and np.abs(other - reference).max() > 1e-2
+    mixed = sample([2.0, 5.0])
+    np.testing.assert_array_equal(mixed[0::2], reference[0::2])
+    np.testing.assert_array_equal(mixed[1::2], sample(5.0)[1::2])
+    assert np.abs(sample(8.0, threshold=99.0) - sample(8.0)).max() > 1e-2
+
+
+def test_negative_condition_takes_the_place_of_none(model, table):
+    """cond against negative at scale 0 is the negative one's own sample; the same label is no guidance."""
+    options = {"batch_size": 7}
+    compiled = model.generate._cache_size()
+    away = model.sample(KEY, table, 7, labels=2, negative=5, guidance=0.0, **options)
+    same = model.sample(KEY, table, 7, labels=2, negative=2, guidance=4.0, **options)
+    assert model.generate._cache_size() <= compiled + 1
+    np.testing.assert_allclose(away, model.sample(KEY, table, 7, labels=5, **options), atol=TOLERANCE)
+    np.testing.assert_allclose(same, model.sample(KEY, table, 7, labels=2, **options), atol=TOLERANCE)
+    with pytest.raises(UserError, match="negative"):
+        model.sample(KEY, table, 2, negative=1, guidance=2.0)
+
+
+def test_autoguidance_by_another_checkpoint(run, model, table):
+    weak = models.load(run.workdir, step=30)
+    options = {"labels": 2, "batch_size": 7}
+    zero = model.sample(KEY, table, 7, autoguide=weak, guidance=0.0, **options)
+    np.testing.assert_allclose(zero, weak.sample(KEY, table, 7, **options), atol=TOLERANCE)
+    compiled = model.generate._cache_size()
+    two = model.sample(KEY, table, 7, autoguide=weak.params, guidance=2.0, **options)
+    assert model.generate._cache_size() == compiled  # a model of the same kind is its parameters
+    itself = model.sample(KEY, table, 7, autoguide=model, guidance=2.0, **options)
+    plain = model.sample(KEY, table, 7, **options)
+    np.testing.assert_allclose(itself, plain, atol=TOLERANCE)
+    assert np.abs(two - plain).max() > 1e-2
+
+
+def test_autoguidance_by_a_smaller_model(model, table, tiny):
+    config = tiny("digits", "model.channels=8", "process.prediction=x0")
+    parts = experiment.build(config, model.shape, len(model.class_names))
+    small = models.make(config, parts.network.init(KEY), model.shape, model.class_names, 0, parts)
+    zero = model.sample(KEY, table, 7, labels=2, autoguide=small, guidance=0.0, batch_size=7)
+    np.testing.assert_allclose(zero, small.sample(KEY, table, 7, labels=2, batch_size=7), atol=TOLERANCE)
+    config = tiny("digits", "process.schedule=linear")
+    other = models.make(config, None, model.shape, model.class_names, 0, parts)
+    with pytest.raises(UserError, match="schedule"):
+        model.sample(KEY, table, 2, labels=2, autoguide=other, guidance=2.0)
+
+
+def test_the_denoiser_that_solvers_are_learned_with_is_that_of_sampling(model):
+    table = solvers.make("ddim", model.process.schedule, 4)
+    keys = solvers.sample_keys(KEY, np.arange(6))
+    x = np.asarray(noise.normal(keys, 0, model.shape))
+    options = {"labels": [1, 2], "guidance": 2.0}
+    ends = optimize.endpoints(table, x=x, **model.denoiser(6, **options))
+    np.testing.assert_allclose(ends, model.sample(KEY, table, 6, **options), atol=TOLERANCE)

@@ -17,12 +17,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parser() -> Parser:
-    from jax_diffusion.cli import evaluate, sample, train
+    from jax_diffusion.cli import (
+        colorize,
+        denoise,
+        evaluate,
+        img2img,
+        inpaint,
+        interpolate,
+        optimize,
+        sample,
+        train,
+        upscale,
+    )
 
     parser = Parser(prog="jax-diffusion", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (train, sample, evaluate):
+    for module in (train, sample, evaluate, optimize, inpaint, img2img, upscale, colorize, interpolate, denoise):
         name = module.__name__.rsplit(".", 1)[1]
         command = commands.add_parser(
             name,

@@ -4,6 +4,9 @@ examples:
   jax-diffusion sample --workdir=runs/demo
   jax-diffusion sample --workdir=runs/mnist --num=64 --labels=3 --guidance=2 --solver=ddim --steps=50 --out=grid.png
   jax-diffusion sample --workdir=runs/mnist --labels=0,1,2 --solver=ddpm --steps=1000 --set variance=fixed_large
+  jax-diffusion sample --workdir=runs/mnist --guidance=1,2,4,8 --labels=3 --num=4 --guidance_interval=0.2,5
+  jax-diffusion sample --workdir=runs/mnist --guidance=2 --autoguide=runs/mnist:500
+  jax-diffusion sample --workdir=runs/mnist --table=six.npz     (from jax-diffusion optimize)
   jax-diffusion sample --workdir=runs/mnist --trajectory=film.gif --npz=samples.npz
 
 Image i of a seed is the same whatever --num, --batch_size or the number of devices.
@@ -15,28 +18,39 @@ import time
 
 import numpy as np
 
-from jax_diffusion.errors import UserError
+from jax_diffusion.cli import guiding
+from jax_diffusion.errors import UserError, check_options
+
+
+class _SolverHelp(str):
+    """A help text with the registered solvers' names, looked up when it is shown: importing JAX takes seconds."""
+
+    def __mod__(self, values) -> str:
+        from jax_diffusion import solvers
+
+        return super().__mod__({**values, "solvers": ", ".join([*solvers.SOLVERS, *solvers.METHODS])})
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Which weights and which solver: what every command that samples takes."""
     add = parser.add_argument
     add("--workdir", metavar="DIR", required=True, help="of a training run")
-    add(
-        "--guidance",
-        type=float,
-        metavar="S",
-        help="classifier-free guidance scale; 1 is none (default: the recipe's)",
-    )
-    add("--solver", metavar="NAME", help="ddpm, ddim, euler, heun, dpmpp_2m (default: the recipe's)")
+    guiding.add_arguments(parser)
+    add("--solver", metavar="NAME", help=_SolverHelp("%(solvers)s (default: the recipe's)"))
     add("--steps", type=int, metavar="N", help="solver steps (default: the recipe's)")
     add(
         "--grid",
-        metavar="NAME",
-        help="leading, trailing, linspace, uniform, karras, log_snr (default: by schedule)",
+        metavar="NAME|T,T,...",
+        help="leading, trailing, linspace, uniform, quadratic, beta, karras, log_snr, exponential, ays_sd, ays_sdxl, "
+        "ays_svd, or the times themselves, decreasing (default: by schedule)",
     )
     add("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the solver or its grid: "
-        "eta, variance, rho, offset, final")  # fmt: skip
+        "eta, variance, S_churn, rho, sigma_min, sigma_max, offset, final, grid_unit, ...")  # fmt: skip
+    add(
+        "--table",
+        metavar="FILE",
+        help="a solver saved by `jax-diffusion optimize` in place of these four",
+    )
     add("--seed", type=int, default=0, metavar="N")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, or the raw ones")
     add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
@@ -84,24 +98,47 @@ def parse_options(pairs: list[str]) -> dict[str, float | str]:
         try:
             options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
-            options[name] = value
+            options[name] = {"true": True, "false": False}.get(value.lower(), value)
     return options
 
 
-def make_table(model, options: argparse.Namespace):
-    """The solver the command line asks for, the recipe's where it is silent."""
+def make_table(model, options: argparse.Namespace, cut=None):
+    """The solver the command line asks for, the recipe's where it is silent. cut: Grid -> Grid, to start midway."""
     from jax_diffusion import solvers
 
     said = model.config.sampling
     asked = options.solver or options.steps is not None or options.grid or options.set
-    if not asked:
+    if options.table is not None:
+        return _saved_table(model, options, bool(asked) or cut is not None)
+    if not asked and cut is None:
         return model.default_table()
     name = options.solver or said.solver
-    steps = said.steps if options.steps is None else options.steps
+    steps = options.steps
+    if steps is None and not isinstance(solvers.grids.parse(options.grid or ""), list):  # a list has its own number
+        steps = said.steps
     chosen = parse_options(options.set)
     if name == "ddpm" and model.process.learn_variance:
         chosen.setdefault("variance", "learned")
-    return solvers.make(name, model.process.schedule, steps, options.grid or said.grid or None, **chosen)
+    grid = options.grid or said.grid or None
+    if cut is not None:
+        of_grid = {k: chosen.pop(k) for k in solvers.GRID_OPTIONS if k in chosen}
+        check_options("the grid", solvers.grids.make, of_grid, positional=3)
+        grid = cut(solvers.grids.make(model.process.schedule, steps, grid, **of_grid))
+    return solvers.make(name, model.process.schedule, steps, grid, **chosen)
+
+
+def _saved_table(model, options: argparse.Namespace, asked: bool):
+    from jax_diffusion import solvers
+
+    if asked:
+        raise UserError(f"--table={options.table} is a whole solver: leave --solver, --steps, --grid and --set out")
+    table, schedule = solvers.load(options.table), model.process.schedule
+    if table.t.max() > schedule.t_max or table.t.min() < schedule.t_min:
+        raise UserError(
+            f"--table={options.table} has times {table.t.min():g} to {table.t.max():g} and this model's are "
+            f"{schedule.t_min:g} to {schedule.t_max:g}: it belongs to another model"
+        )
+    return table
 
 
 def progress_line(what: str, total: int):
@@ -131,7 +168,7 @@ def check_picture(option: str, path: str) -> None:
 def run(options: argparse.Namespace) -> None:
     import jax
 
-    from jax_diffusion import io
+    from jax_diffusion import io, solvers
     from jax_diffusion import model as models
 
     for name in ("num", "batch_size"):
@@ -145,9 +182,7 @@ def run(options: argparse.Namespace) -> None:
     said = model.config.sampling
     num = options.num or said.num
     labels = parse_labels(options.labels, model.class_names)
-    guidance = said.guidance if options.guidance is None else options.guidance
-    if options.guidance not in (None, 1.0) and labels is None:
-        raise UserError(f"--guidance={guidance:g} needs labels: this sampling is unconditional")
+    guidance = guiding.sampling(options, model, labels)
     table = make_table(model, options)
     started = time.perf_counter()
     out = model.sample(
@@ -155,7 +190,7 @@ def run(options: argparse.Namespace) -> None:
         table,
         num,
         labels=labels,
-        guidance=guidance,
+        **guidance,
         batch_size=options.batch_size or said.batch_size,
         trajectory=options.trajectory is not None,
         progress=progress_line("sampling", num),
@@ -173,6 +208,6 @@ def run(options: argparse.Namespace) -> None:
         io.save_film(options.trajectory, film, columns=columns)
         written.append(options.trajectory)
     print(
-        f"{num} samples at step {model.step:,} with {table.name}, {len(table)} evaluations, in {seconds:.1f} s "
+        f"{num} samples at step {model.step:,} with {table.name}, {solvers.cost(table)}, in {seconds:.1f} s "
         f"(compilation included): {', '.join(written)}"
     )

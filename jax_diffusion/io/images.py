@@ -34,6 +34,17 @@ def grid(samples: np.ndarray, columns: int | None = None, scale: int | None = No
     return out
 
 
+def side_by_side(*parts: np.ndarray, across: int = 0) -> np.ndarray:
+    """A picture of parts [N, H, W, 1 or 3], sample by sample next to each other: condition, sample, original.
+
+    across: samples in a row; 0 is what makes the picture about square.
+    """
+    channels = max(p.shape[-1] for p in parts)
+    parts = [np.broadcast_to(p, (*p.shape[:3], channels)) if p.shape[-1] == 1 else np.asarray(p) for p in parts]
+    across = across or max(1, round(math.sqrt(len(parts[0]) / len(parts))))
+    return grid(np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]), columns=across * len(parts))
+
+
 def scatter(points: np.ndarray, size: int = 480, extent: float = 1.6) -> np.ndarray:
     """Points [N, 2] in [-extent, extent]^2 as a picture [size, size, 3]; overlapping dots darken."""
     cell = ((np.asarray(points) / extent + 1) / 2 * size).astype(int)

@@ -25,7 +25,7 @@ import jax
 from jax_diffusion.errors import check_options, choose
 from jax_diffusion.schedules.base import Schedule, Shifted, alpha_sigma_from_log_snr
 from jax_diffusion.schedules.continuous import EDM, VE, Cosine, Flow, LinearLogSNR, VPLinear
-from jax_diffusion.schedules.discrete import BETAS, Discrete, betas
+from jax_diffusion.schedules.discrete import BETAS, Discrete, betas, rescale_to_zero_terminal_snr
 from jax_diffusion.schedules.learned import Learned
 
 __all__ = [
@@ -48,8 +48,9 @@ __all__ = [
 
 
 def _discrete(name: str):
-    def build(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Discrete:
-        return Discrete(betas(name, int(steps), start, end))
+    def build(steps: int = 1000, start: float = 1e-4, end: float = 0.02, zero_terminal_snr: bool = False) -> Discrete:
+        b = betas(name, int(steps), start, end)
+        return Discrete(rescale_to_zero_terminal_snr(b) if zero_terminal_snr else b)
 
     return build
 

@@ -36,8 +36,12 @@ class VPLinear(Schedule):
 
     def inverse(self, log_snr: Array) -> Array:
         xp, l = namespace(log_snr)
-        # B = -2 log alpha
-        b = -log_sigmoid(l) if self.scaling == "vp" else -2 * xp.log(alpha_sigma_from_log_snr(l, "subvp")[0])
+        # B = -2 log alpha; where alpha is nearly 1, sub-VP's is taken from sigma = 1 - alpha^2.
+        if self.scaling == "vp":
+            b = -log_sigmoid(l)
+        else:
+            alpha, sigma = alpha_sigma_from_log_snr(l, "subvp")
+            b = xp.where(l > 0, -xp.log1p(-xp.minimum(sigma, 0.9)), -2 * xp.log(alpha))
         slope = self.beta_max - self.beta_min
         return 2 * b / (xp.sqrt(self.beta_min**2 + 2 * slope * b) + self.beta_min)
 

@@ -1,31 +1,110 @@
-"""Solvers as tables. `make("ddim", schedule, steps=50, eta=0.0)` builds one, `sample` runs any."""
+"""Solvers, most of them tables. `make("ddim", schedule, steps=50, eta=0.0)` builds one, `sample` runs any."""
+
+from collections.abc import Sequence
 
 from jax_diffusion.errors import UserError, check_options, choose
 from jax_diffusion.schedules import Schedule
 from jax_diffusion.solvers import grids
+from jax_diffusion.solvers.ancestral import dpm2_ancestral, dpmpp_2s_ancestral, euler_ancestral
 from jax_diffusion.solvers.ddim import ddim
 from jax_diffusion.solvers.ddpm import ddpm
-from jax_diffusion.solvers.dpmpp import dpmpp_2m
-from jax_diffusion.solvers.euler import euler, heun
-from jax_diffusion.solvers.table import Grid, Table, add_noise_to, sample, sample_keys
+from jax_diffusion.solvers.deis import deis
+from jax_diffusion.solvers.dpm2 import dpm2
+from jax_diffusion.solvers.dpm_adaptive import dpm_adaptive
+from jax_diffusion.solvers.dpm_solver import (
+    dpm_solver_1,
+    dpm_solver_2,
+    dpm_solver_2m,
+    dpm_solver_3,
+    dpm_solver_3m,
+)
+from jax_diffusion.solvers.dpmpp import dpmpp_2m, dpmpp_2s, dpmpp_3m, dpmpp_3s, sde_dpmpp_2m, sde_dpmpp_3m
+from jax_diffusion.solvers.euler import euler
+from jax_diffusion.solvers.heun import heun
+from jax_diffusion.solvers.lms import lms
+from jax_diffusion.solvers.noise import add_noise_to, sample_keys
+from jax_diffusion.solvers.plms import plms, pndm
+from jax_diffusion.solvers.predictor_corrector import predictor_corrector
+from jax_diffusion.solvers.repaint import repaint
+from jax_diffusion.solvers.restart import restart
+from jax_diffusion.solvers.runge_kutta import rk23, rk45
+from jax_diffusion.solvers.sampling import Solver, cost, sample
+from jax_diffusion.solvers.table import Grid, Table, load
+from jax_diffusion.solvers.unipc import unipc
 
-__all__ = ["SOLVERS", "Grid", "Table", "add_noise_to", "grids", "make", "sample", "sample_keys"]
+__all__ = [
+    "METHODS",
+    "SOLVERS",
+    "Grid",
+    "Solver",
+    "Table",
+    "add_noise_to",
+    "cost",
+    "grids",
+    "load",
+    "make",
+    "sample",
+    "sample_keys",
+]
 
-SOLVERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+SOLVERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "heun": heun,
+    "dpm2": dpm2,
+    "plms": plms,
+    "pndm": pndm,
+    "lms": lms,
+    "deis": deis,
+    "dpm_solver_1": dpm_solver_1,
+    "dpm_solver_2": dpm_solver_2,
+    "dpm_solver_3": dpm_solver_3,
+    "dpm_solver_2m": dpm_solver_2m,
+    "dpm_solver_3m": dpm_solver_3m,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_3s": dpmpp_3s,
+    "sde_dpmpp_2m": sde_dpmpp_2m,
+    "sde_dpmpp_3m": sde_dpmpp_3m,
+    "unipc": unipc,
+    "euler_ancestral": euler_ancestral,
+    "dpm2_ancestral": dpm2_ancestral,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "restart": restart,
+    "repaint": repaint,
+}
 
-_GRID_OPTIONS = ("offset", "rho", "final")
+# Not linear in the state, so not tables: steps of each sample's own, Langevin correctors.
+METHODS = {
+    "rk45": rk45,
+    "rk23": rk23,
+    "dpm_adaptive": dpm_adaptive,
+    "predictor_corrector": predictor_corrector,
+}
+
+GRID_OPTIONS = grids.OPTIONS
 
 
-def make(name: str, schedule: Schedule, steps: int, grid: str | Grid | None = None, **options) -> Table:
-    """The table of solver `name` with `steps` steps on a schedule.
+def make(
+    name: str,
+    schedule: Schedule,
+    steps: int | None = None,
+    grid: str | Sequence[float] | Grid | None = None,
+    **options,
+) -> Table | Solver:
+    """The table of solver `name` with `steps` steps on a schedule, or one of METHODS.
 
-    grid: a spacing by name (solvers/grids.py), a Grid, or None for the schedule's default.
-    options: the solver's own (eta, variance, ...) and the grid's (offset, rho, final).
+    grid: a spacing by name, or explicit points, which `steps` may be left out with (grids.make); a Grid, whose number
+        of steps counts; or None for the schedule's default.
+    options: the solver's own (eta, variance, ...) and the grid's (offset, rho, final, ...: grids.make).
 
     >>> print(make("dpmpp_2m", schedules.make("cosine"), steps=20))
     """
-    solver = SOLVERS[choose("solver", name, SOLVERS)]
-    grid_options = {k: options.pop(k) for k in _GRID_OPTIONS if k in options}
+    known = {**SOLVERS, **METHODS}
+    solver = known[choose("solver", name, known)]
+    grid_options = {k: options.pop(k) for k in GRID_OPTIONS if k in options}
     check_options(f"solver {name!r}", solver, options, positional=1)
     check_options("the grid", grids.make, grid_options, positional=3)
     if isinstance(grid, Grid):

@@ -25,4 +25,4 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Table:
     large = np.where(lands, 0.0, large)
     C = np.sqrt(large if variance == "fixed_large" else small)
     C_max = np.sqrt(large) if variance == "learned" else C
-    return rows(grid.t, A=w_x, B=w_0, C=C, C_max=C_max, scale=grid.prior_scale, name=f"ddpm({variance})")
+    return rows(grid.t, w_x, w_0, C, C_max=C_max, scale=grid.prior_scale, name=f"ddpm({variance})")

@@ -56,6 +56,7 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
         s.parts.times,
         s.optimizer,
         seed=s.config.seed,
+        condition=s.parts.condition,
         flip=s.config.data.flip,
         label_dropout=t.label_dropout,
         accumulate=t.accumulate,

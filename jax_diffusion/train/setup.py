@@ -14,7 +14,8 @@ from jax_diffusion.errors import UserError
 from jax_diffusion.train import optim, state
 
 # What a resumed run may not change: the same step would mean something else.
-FIXED = ("seed", "process.", "model.", "data.", "optim.", "ema.", "train.batch_size", "train.label_dropout")
+FIXED = ("seed", "condition.", "process.", "model.", "data.", "optim.", "ema.", "train.batch_size",
+         "train.label_dropout")  # fmt: skip
 
 
 class Setup(NamedTuple):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_diffusion import sharding
+from jax_diffusion.conditions import Condition
 from jax_diffusion.data import augment
 from jax_diffusion.models import Network
 from jax_diffusion.process import Gaussian
@@ -27,13 +28,17 @@ def drop_labels(key: jax.Array, label: jax.Array, null: int, rate: float) -> jax
     return jnp.where(jax.random.bernoulli(key, rate, label.shape), null, label)
 
 
-def conditions(batch: Batch, num_classes: int) -> dict[str, jax.Array]:
-    """What the network is conditioned on, of all a batch holds."""
+def conditions(
+    batch: Batch, x0: jax.Array, num_classes: int, condition: Condition | None = None
+) -> dict[str, jax.Array]:
+    """What the network is conditioned on: of all a batch holds, and what `condition` takes from the clean x0."""
     cond = {}
     if num_classes:
         cond["label"] = batch["label"]
     if "cond_image" in batch:
         cond["image"] = augment.to_float(batch["cond_image"])
+    if condition is not None:
+        cond["image"] = condition.apply(x0)
     return cond
 
 
@@ -55,6 +60,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
+    condition: Condition | None = None,
     flip: bool = False,
     label_dropout: float = 0.0,
     accumulate: int = 1,
@@ -78,7 +84,7 @@ def make_train_step(
         n = x0.shape[0]
         t, weight = times.sample(state.timesteps, k_time, n, process.schedule)
         x_t, target = process.q_sample(k_noise, x0, t)
-        cond = conditions(batch, network.num_classes)
+        cond = conditions(batch, x0, network.num_classes, condition)
         if label_dropout and "label" in cond:
             cond["label"] = drop_labels(k_label, cond["label"], network.num_classes, label_dropout)
 
@@ -133,7 +139,7 @@ def compile_step(step: Callable, shardings: TrainState, mesh, leading: int = 0):
     )
 
 
-def make_eval_step(network: Network, process: Gaussian, times, *, seed: int):
+def make_eval_step(network: Network, process: Gaussian, times, *, seed: int, condition: Condition | None = None):
     """`eval_step(params, batch, i) -> loss []`: the loss of batch i with times and noise that never change."""
 
     def eval_step(params, batch, i):
@@ -142,7 +148,7 @@ def make_eval_step(network: Network, process: Gaussian, times, *, seed: int):
         x0 = augment.to_float(batch["image"])
         t, weight = times.sample(times.init(process.schedule), k_time, x0.shape[0], process.schedule)
         x_t, target = process.q_sample(k_noise, x0, t)
-        cond = conditions(batch, network.num_classes)
+        cond = conditions(batch, x0, network.num_classes, condition)
         return jnp.mean(weight * losses_of(network, process, params, x_t, target, t, cond))
 
     return eval_step

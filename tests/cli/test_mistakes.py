@@ -6,6 +6,8 @@ from jax_diffusion.cli.main import main
 
 TRAIN = ["train", "--config=digits", "--workdir={new}"]
 SAMPLE = ["sample", "--workdir={run}"]
+COMMANDS = ("train", "sample", "evaluate", "optimize")
+OPTIMIZE = ["optimize", "--workdir={run}"]
 EVALUATE = ["evaluate", "--workdir={run}"]
 
 MISTAKES = [
@@ -60,6 +62,25 @@ MISTAKES = [
     ([*SAMPLE, "--seed=x"], ["--seed", "'x'"]),
     ([*SAMPLE, "--checkpoint=7"], ["--checkpoint=7", "30, 60"]),
     ([*SAMPLE, "--labels=none", "--guidance=2"], ["--guidance=2", "unconditional"]),
+    ([*SAMPLE, "--guidance=two"], ["--guidance", "'two'"]),
+    ([*SAMPLE, "--num=2", "--guidance=2,3,4"], ["3", "2 samples"]),
+    ([*SAMPLE, "--guidance_rescale=0.7"], ["--guidance_rescale", "--guidance=2"]),
+    ([*SAMPLE, "--guidance=2", "--guidance_rescale=7"], ["rescale 7", "[0, 1]"]),
+    ([*SAMPLE, "--guidance=2", "--guidance_interval=3"], ["--guidance_interval", "2 numbers", "'3'"]),
+    ([*SAMPLE, "--guidance=2", "--guidance_interval=3,1"], ["3,1", "LO < HI"]),
+    ([*SAMPLE, "--guidance=2", "--apg=0,-1"], ["radius -1", "inf"]),
+    ([*SAMPLE, "--guidance=2", "--negative=11"], ["11", "0 to 9"]),
+    ([*SAMPLE, "--guidance=2", "--autoguide={new}"], ["--autoguide={new}", "jax-diffusion train"]),
+    ([*SAMPLE, "--guidance=2", "--autoguide={run}:7"], ["--autoguide={run}:7", "30, 60"]),
+    ([*SAMPLE, "--guidance=2", "--autoguide={run}:30", "--negative=1"], ["--negative=1", "one of the two"]),
+    ([*SAMPLE, "--threshold=0"], ["threshold=0", "99.5"]),
+    ([*SAMPLE, "--table={new}.npz"], ["{new}.npz", "jax-diffusion optimize"]),
+    ([*SAMPLE, "--table={new}.npz", "--steps=3"], ["--table={new}.npz", "--steps"]),
+    ([*OPTIMIZE, "--out={new}.txt"], ["--out={new}.txt", ".npz"]),
+    ([*OPTIMIZE, "--iterations=0"], ["--iterations=0", "at least 1"]),
+    ([*OPTIMIZE, "--solver=ddpm", "--steps=3"], ["ddpm", "adds noise"]),
+    ([*OPTIMIZE, "--reference=ddmi"], ["'ddmi'", "did you mean 'ddim'?"]),
+    ([*OPTIMIZE, "--reference_steps=4", "--memory=1"], ["--memory=1", "2 predictions"]),
     ([*SAMPLE, "--nmu=3"], ["--nmu=3", "sample --help"]),
     ([*SAMPLE, "--out={folder}"], ["--out={folder} is a folder", "samples.png"]),
     ([*SAMPLE, "--out={new}.wrong"], ["--out={new}.wrong", ".png"]),
@@ -96,7 +117,7 @@ def test_nothing_is_written_by_a_mistake(places):
     assert not places["new"].exists()
 
 
-@pytest.mark.parametrize("typed", [["--help"], ["train", "--help"], ["sample", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize("typed", [["--help"], *([c, "--help"] for c in COMMANDS)])
 def test_help(typed, capsys):
     with pytest.raises(SystemExit) as done:
         main(typed)

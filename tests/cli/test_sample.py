@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jax_diffusion import solvers
 from jax_diffusion.cli.main import main
 
 
@@ -29,6 +30,13 @@ def sample(workdir, tmp_path, capsys):
             return arrays["arr_0"], arrays.get("arr_1"), capsys.readouterr().out
 
     return call
+
+
+def test_help_names_every_solver(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert {*solvers.SOLVERS, *solvers.METHODS} <= set(words)
 
 
 def apart(a, b):
@@ -93,6 +101,11 @@ def test_solver_options_reach_the_solver(sample):
     assert apart(still, moved) > 2
     leading, _, _ = sample(*ddim, "--grid=leading", "--set", "offset=1")
     assert apart(still, leading) > 2
+
+
+def test_a_grid_of_times_has_its_own_number_of_steps(sample):
+    assert "ddim(eta=0), 3 evaluations" in sample("--num=2", "--solver=ddim", "--grid=900,500,100")[2]
+    assert "3 evaluations" in sample("--num=2", "--solver=ddim", "--grid=9,1,.1,0", "--set", "grid_unit=sigma")[2]
 
 
 def test_heun_counts_its_evaluations(sample):

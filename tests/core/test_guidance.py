@@ -19,10 +19,15 @@ def net(x, t, y):
     return jnp.tanh(x + EMBED[y][:, None, :]) * jnp.cos(t)
 
 
+def x0(denoise, x, t):
+    """What a denoiser says of x_0."""
+    return guidance.unpack(denoise(x, t)).x0
+
+
 def test_scale_one_is_conditional_and_zero_unconditional():
     t = jnp.float32(0.3)
-    one = guidance.classifier_free(net, LABELS, NULL, 1.0)(X, t)
-    zero = guidance.classifier_free(net, LABELS, NULL, 0.0)(X, t)
+    one = x0(guidance.classifier_free(net, LABELS, NULL, 1.0), X, t)
+    zero = x0(guidance.classifier_free(net, LABELS, NULL, 0.0), X, t)
     np.testing.assert_allclose(one, guidance.condition(net, LABELS)(X, t), atol=1e-6)  # float32: u + (c - u)
     np.testing.assert_array_equal(zero, guidance.condition(net, NULL)(X, t))
 
@@ -31,16 +36,16 @@ def test_scale_one_is_conditional_and_zero_unconditional():
 def test_linear_in_the_scale(scale):
     t = jnp.full((B,), 0.3)
     c, u = net(X, t, LABELS), net(X, t, NULL)
-    got = guidance.classifier_free(net, LABELS, NULL, scale)(X, t)
+    got = x0(guidance.classifier_free(net, LABELS, NULL, scale), X, t)
     np.testing.assert_allclose(got, (1 - scale) * u + scale * c, atol=1e-5)  # float32 times the scale
 
 
 def test_one_scale_per_sample_and_traced():
     scales = jnp.array([0.0, 1.0, 4.0])
     t = jnp.float32(0.3)
-    got = jax.jit(lambda w: guidance.classifier_free(net, LABELS, NULL, w)(X, t))(scales)
+    got = jax.jit(lambda w: x0(guidance.classifier_free(net, LABELS, NULL, w), X, t))(scales)
     for i, w in enumerate(scales):
-        want = guidance.classifier_free(net, LABELS, NULL, float(w))(X, t)[i]
+        want = x0(guidance.classifier_free(net, LABELS, NULL, float(w)), X, t)[i]
         np.testing.assert_allclose(got[i], want, atol=1e-5)  # float32: jit fuses
 
 
@@ -53,7 +58,7 @@ def test_one_call_of_two_b(t):
         return net(x, t, cond["y"])
 
     cond, null = ({"y": y, "text": jnp.zeros((B, 7))} for y in (LABELS, NULL))
-    got = guidance.classifier_free(counted, cond, null, 3.0)(X, t)
+    got = x0(guidance.classifier_free(counted, cond, null, 3.0), X, t)
     assert calls == [((2 * B, 4, 2), {"y": (2 * B,), "text": (2 * B, 7)}, (2 * B,) if t.ndim else ())]
     assert got.shape == X.shape
     # And each sample met its own time and label.
@@ -63,33 +68,34 @@ def test_one_call_of_two_b(t):
 
 def test_learned_variance_is_that_of_the_condition():
     def with_v(x, t, y):
-        return net(x, t, y), jax.nn.sigmoid(x + EMBED[y][:, None, :])
+        return guidance.Denoised(net(x, t, y), jax.nn.sigmoid(x + EMBED[y][:, None, :]))
 
     t = jnp.float32(0.3)
-    x0, v = guidance.classifier_free(with_v, LABELS, NULL, 2.0)(X, t)
-    np.testing.assert_array_equal(v, with_v(X, t, LABELS)[1])
-    np.testing.assert_array_equal(x0, guidance.classifier_free(net, LABELS, NULL, 2.0)(X, t))
-    clipped, same = guidance.clip(guidance.condition(with_v, LABELS), 0.1)(X, t)
-    np.testing.assert_array_equal(same, v)
-    np.testing.assert_array_equal(clipped, jnp.clip(net(X, t, LABELS), -0.1, 0.1))
+    guided = guidance.classifier_free(with_v, LABELS, NULL, 2.0)(X, t)
+    np.testing.assert_array_equal(guided.v, with_v(X, t, LABELS).v)
+    np.testing.assert_array_equal(guided.x0, x0(guidance.classifier_free(net, LABELS, NULL, 2.0), X, t))
+    clipped = guidance.clip(guidance.condition(with_v, LABELS), 0.1)(X, t)
+    np.testing.assert_array_equal(clipped.v, guided.v)
+    np.testing.assert_array_equal(clipped.x0, jnp.clip(net(X, t, LABELS), -0.1, 0.1))
+    np.testing.assert_array_equal(clipped.raw, net(X, t, LABELS))
 
 
 def test_composes_with_clipping_in_either_order():
     t = jnp.float32(0.0)
     guided = guidance.classifier_free(net, LABELS, NULL, 6.0)
-    after = guidance.clip(guided, 1.0)(X, t)
-    np.testing.assert_array_equal(after, np.clip(guided(X, t), -1, 1))
-    assert float(jnp.max(jnp.abs(guided(X, t)))) > 1  # or this shows nothing
+    after = x0(guidance.clip(guided, 1.0), X, t)
+    np.testing.assert_array_equal(after, np.clip(x0(guided, X, t), -1, 1))
+    assert float(jnp.max(jnp.abs(x0(guided, X, t)))) > 1  # or this shows nothing
     before = guidance.classifier_free(lambda x, t, y: jnp.clip(net(x, t, y), -0.2, 0.2), LABELS, NULL, 6.0)
     c, u = (np.clip(net(X, t, y), -0.2, 0.2) for y in (LABELS, NULL))
-    np.testing.assert_allclose(before(X, t), u + 6.0 * (c - u), atol=1e-5)  # float32
+    np.testing.assert_allclose(x0(before, X, t), u + 6.0 * (c - u), atol=1e-5)  # float32
 
 
 @pytest.mark.parametrize("percentile", [50.0, 90.0, 99.5])
 @pytest.mark.parametrize("minimum", [1.0, 0.1])
 def test_dynamic_threshold_is_numpys(percentile, minimum):
     x = jax.random.normal(jax.random.key(2), (5, 8, 8, 3)) * jnp.arange(1.0, 6.0)[:, None, None, None] / 2
-    got = guidance.dynamic_threshold(lambda x, t: x, percentile, minimum)(x, jnp.float32(0))
+    got = x0(guidance.dynamic_threshold(lambda x, t: x, percentile, minimum), x, jnp.float32(0))
     s = np.maximum(np.percentile(np.abs(x).reshape(5, -1), percentile, axis=1), minimum).reshape(5, 1, 1, 1)
     np.testing.assert_allclose(got, np.clip(x, -s, s) / s, rtol=1e-5, atol=1e-6)  # float32 interpolation
     assert float(jnp.max(jnp.abs(got))) <= 1 + 1e-6
@@ -106,7 +112,7 @@ def test_guiding_x0_is_guiding_the_prediction(prediction, name):
 
     t = jnp.float32(700 if name == "linear" else 0.6)
     cond = guidance.model_denoiser(p, apply, jnp.float32(1.3))
-    got = guidance.classifier_free(cond, LABELS, NULL, 4.0)(X, t)
+    got = x0(guidance.classifier_free(cond, LABELS, NULL, 4.0), X, t)
     inputs, c_noise = p.network_inputs(X, t)
     c, u = (apply(1.3, inputs, c_noise, y) for y in (LABELS, NULL))
     want = p.denoised(u + 4.0 * (c - u), X, t)
@@ -127,6 +133,5 @@ def test_model_denoiser_shows_the_network_its_scaled_input(learn, channels):
     x, c_noise, _ = seen[0]
     assert c_noise.shape == (B,)
     np.testing.assert_array_equal(x, p.network_inputs(X, jnp.full((B,), 3.0))[0])
-    x0_hat, v = out if learn else (out, None)
-    assert x0_hat.shape == X.shape and x0_hat.dtype == jnp.float32
-    assert v is None or v.shape == X.shape
+    assert out.x0.shape == X.shape and out.x0.dtype == jnp.float32
+    assert out.v.shape == X.shape if learn else out.v is None

@@ -15,7 +15,8 @@ from jax_diffusion.solvers import grids, make, sample
 from jax_diffusion.solvers.ddim import ddim
 from jax_diffusion.solvers.ddpm import ddpm
 from jax_diffusion.solvers.dpmpp import dpmpp_2m
-from jax_diffusion.solvers.euler import euler, heun
+from jax_diffusion.solvers.euler import euler
+from jax_diffusion.solvers.heun import heun
 
 from .toys import draws
 

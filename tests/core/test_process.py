@@ -9,6 +9,7 @@ import torch
 from jax_diffusion import posterior as post
 from jax_diffusion import process, schedules
 from jax_diffusion.errors import UserError
+from jax_diffusion.weighting import WEIGHTINGS
 
 from .toys import NAMES
 
@@ -160,3 +161,26 @@ def test_denoised_reads_the_mean_half():
 def test_learned_variance_needs_a_chain():
     with pytest.raises(UserError, match="discrete"):
         process.make(schedules.make("vp"), learn_variance=True)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "score", "edm"])
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_pure_noise_has_no_epsilon_prediction(prediction, shift):
+    """Knowing x_T = eps exactly says nothing of x_0 (Lin et al. 2023, section 3.2)."""
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        process.make(schedules.make("linear", zero_terminal_snr=True, shift=shift), prediction)
+
+
+@pytest.mark.parametrize("weighting", sorted(WEIGHTINGS))
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
+def test_losses_are_finite_on_pure_noise(prediction, weighting):
+    """At T-1 lambda is -infinity and falls at an infinite rate; no loss may say so. x_0 comes back at every time."""
+    p = process.make(schedules.make("linear", zero_terminal_snr=True), prediction, weighting, learn_variance=True)
+    t = jnp.array([0.0, 1.0, 500.0, 998.0, 999.0])
+    x0 = 0.5 * jax.random.normal(jax.random.key(0), (5, 2, 2, 1))
+    x_t, target = p.q_sample(jax.random.key(1), x0, t)
+    said = jnp.concatenate([target + 0.1, jnp.zeros_like(target)], -1)
+    loss, grad = jax.value_and_grad(lambda q: jnp.sum(p.loss(q, target, x_t, t)))(said)
+    assert jnp.isfinite(loss) and jnp.all(jnp.isfinite(grad))
+    assert jnp.all(jnp.isfinite(p.denoised(said, x_t, t)))
+    np.testing.assert_allclose(p.parameterization.x0(target, x_t, t), x0, rtol=1e-2, atol=2e-3)  # float32 / alpha_998

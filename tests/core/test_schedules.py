@@ -244,12 +244,66 @@ def test_infinite_log_snr_is_exact(scaling):
         assert schedules.alpha_sigma_from_log_snr(np.float64(-np.inf), scaling) == (0, 1)
 
 
+# ---- zero terminal SNR (Lin et al. 2023) ----
+
+
+@pytest.mark.parametrize("T", [10, 1000])
+@pytest.mark.parametrize("name", DISCRETE)
+def test_zero_terminal_snr_is_algorithm_1(name, T):
+    """One number at a time: sqrt(alpha_bar) less its last value, scaled to keep its first."""
+    root = [float(np.prod(1 - np.array(published_betas(name, T, 1e-4, 0.02))[: t + 1])) ** 0.5 for t in range(T)]
+    moved = [(r - root[-1]) * root[0] / (root[0] - root[-1]) for r in root]
+    s = schedules.make(name, steps=T, zero_terminal_snr=True)
+    np.testing.assert_allclose(np.sqrt(s.alpha_bar), moved, rtol=1e-9, atol=1e-15)  # a product of T factors
+    assert s.betas[-1] == 1 and s.alpha_bar[-1] == 0
+    assert s.betas[0] == pytest.approx(betas(name, T)[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(DIFFUSERS))
+def test_zero_terminal_snr_is_that_of_diffusers(name):
+    peer = (
+        diffusers.DDIMScheduler(beta_schedule=DIFFUSERS[name], rescale_betas_zero_snr=True)
+        if name != "sigmoid"
+        else (diffusers.DDPMScheduler(beta_schedule="sigmoid", rescale_betas_zero_snr=True))
+    )
+    ours = schedules.make(name, zero_terminal_snr=True)
+    # float32 of the peer: 1 - ratio leaves 6e-8 of betas, 1e-4 of the smallest; then a thousand factors.
+    np.testing.assert_allclose(ours.betas, peer.betas.numpy(), atol=5e-6)
+    np.testing.assert_allclose(ours.alpha_bar, peer.alphas_cumprod.numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+@pytest.mark.parametrize("name", DISCRETE)
+def test_zero_terminal_snr_is_finite_where_it_should_be(name, shift):
+    s = schedules.make(name, zero_terminal_snr=True, shift=shift)
+    assert s.log_snr(999) == -np.inf and s.inverse(-np.inf) == 999
+    assert s.alpha_sigma(999) == (0, 1) and s.prior_scale == 1
+    t = np.append(np.linspace(0, 999, 2500), [997.999, 998, 998.001, 998.999])  # the last segment too
+    t.sort()
+    assert np.all(np.diff(s.log_snr(t)) < 0)
+    np.testing.assert_allclose(s.inverse(s.log_snr(t)), t, atol=1e-8)
+    alpha, sigma = s.alpha_sigma(t)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
+    np.testing.assert_allclose(2 * np.log(alpha[:-1] / sigma[:-1]), s.log_snr(t[:-1]), rtol=1e-9, atol=1e-9)
+    x = jnp.asarray(t, jnp.float32)
+    for ours, exact in zip(jax.jit(s.alpha_sigma)(x), s.alpha_sigma(np.asarray(x, np.float64)), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=2e-4, atol=1e-6)  # float32 of lambda
+    rates = jax.jit(s.alpha_sigma_rate)(jnp.array([0.0, 500.5, 998.5, 999.0]))
+    h = 1e-4
+    for rate, ends in zip(
+        rates, zip(*(s.alpha_sigma(np.array([500.5, 998.5]) + d) for d in (-h, h)), strict=True), strict=True
+    ):
+        assert np.all(np.isfinite(rate))
+        np.testing.assert_allclose(rate[1:3], (ends[1] - ends[0]) / (2 * h), rtol=1e-3, atol=1e-9)  # float32
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
+        (lambda: Discrete(np.array([0.1, 1.0, 0.1])), "only the last"),
         (lambda: schedules.make("linaer"), "'linear'"),
         (lambda: schedules.make("vp", beta=3), "vp"),
-        (lambda: Discrete(np.array([0.1, 1.0])), "betas"),
+        (lambda: Discrete(np.array([0.1, 1.5])), "betas"),
         (lambda: schedules.alpha_sigma_from_log_snr(0.0, "vq"), "vp"),
     ],
 )

@@ -70,3 +70,31 @@ def draws(key, indices, n, shape):
     zero = np.zeros(n + 1)
     table = rows(np.arange(n + 1.0), A=zero, B=zero, C=zero + 1, scale=1.0, name="noise")
     return sample(key, lambda x, t: x, table, shape, indices=indices, trajectory=True)[1][1:]
+
+
+def moments(table, grid, mu, s2, exact_start=True):
+    """Mean and variance of what a table makes of data N(mu, s2), exactly: it is linear, and so is E[x_0 | x_t].
+
+    No samples are drawn: mean and covariance of (x, the remembered predictions) go through the rows in float64.
+    exact_start: from the true marginal at the grid's first point, with C_start; else from N(0, scale^2) as `sample`.
+    """
+    K = table.memory
+    m, V = np.zeros(K + 1), np.zeros((K + 1, K + 1))  # of x and K predictions, the newest first
+    V[0, 0] = table.scale**2
+    if exact_start:
+        a, s = grid.alpha[0], grid.sigma[0]
+        m[0], V[0, 0] = a * mu, a**2 * s2 + s**2 + table.C_start**2
+    for n in range(len(table)):
+        a, s = grid.schedule.alpha_sigma(np.float64(table.t[n]))
+        slope = a * s2 / (a**2 * s2 + s**2)
+        see = np.zeros((K + 1, K + 1))  # (x, D_1 .. D_K) -> (x, D, D_1 .. D_{K-1})
+        see[0, 0], see[1, 0] = 1, slope + table.P[n]
+        see[2:, 1:-1] = np.eye(K - 1)
+        move = np.eye(K + 1)
+        move[0] = table.A[n], *table.B[n]
+        b = np.zeros(K + 1)
+        b[1] = (1 - slope * a) * mu
+        m = move @ (see @ m + b)
+        V = (move @ see) @ V @ (move @ see).T
+        V[0, 0] += table.C[n] ** 2
+    return m[0], V[0, 0]

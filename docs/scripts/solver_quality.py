@@ -1,0 +1,134 @@
+"""Evaluations to quality: every solver on a trained model, one plot.
+
+    python docs/scripts/solver_quality.py --workdir=runs/mnist --out=docs/solver_quality --page=docs/solvers.md
+
+Draws --num class-conditional samples with each solver at each number of network evaluations and measures their
+Fréchet distance to the real images in the features of a classifier trained on those (evals/classifier.py).
+Results are kept in OUT.json as they come: a second call goes on where the first was stopped. Writes OUT.png and
+prints a Markdown table.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+import page
+
+import jax_diffusion as jd
+from jax_diffusion.evals import classifier, frechet
+
+# name: (solver, grid, options, evaluations a step)
+SOLVERS = {
+    "DDIM": ("ddim", "trailing", {}, 1),
+    "Euler ancestral": ("euler_ancestral", "trailing", {}, 1),
+    "PLMS": ("plms", "trailing", {}, 1),
+    "LMS": ("lms", "trailing", {}, 1),
+    "DEIS-3": ("deis", "trailing", {"order": 3}, 1),
+    "Heun": ("heun", "karras", {}, 2),
+    "DPM-Solver++(2M)": ("dpmpp_2m", "trailing", {}, 1),
+    "DPM-Solver++(3M)": ("dpmpp_3m", "trailing", {}, 1),
+    "SDE-DPM-Solver++(2M)": ("sde_dpmpp_2m", "trailing", {}, 1),
+    "UniPC-3": ("unipc", "trailing", {"order": 3}, 1),
+    "DDPM": ("ddpm", "trailing", {}, 1),
+}
+EVALUATIONS = (5, 7, 10, 15, 25)
+
+
+def plan():
+    """(label, solver, grid, options, steps), the cheap ones of every solver first."""
+    for n in EVALUATIONS:
+        for label, (solver, grid, options, cost) in SOLVERS.items():
+            if cost == 1 or n % 2:  # Heun's number is odd
+                yield label, solver, grid, options, n if cost == 1 else (n + 1) // 2
+    yield "DDPM", "ddpm", "trailing", {}, 1000
+
+
+def plot(results: dict, path: pathlib.Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for i, label in enumerate(SOLVERS):
+        points = sorted((r["evaluations"], r["frechet"]) for r in results["runs"].values() if r["label"] == label)
+        points = [p for p in points if p[0] <= max(EVALUATIONS)]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="os^vD"[i % 5], ms=4, lw=1.3, color=f"C{i % 10}",
+                      ls="-" if i < 10 else "--", label=label)  # fmt: skip
+    for key, style, text in (("ddpm1000", "-", "DDPM, 1000 evaluations"), ("real", ":", "real images")):
+        if key in results:
+            axes.axhline(results[key], color="black", ls=style, lw=1, label=f"{text}: {results[key]:.2f}")
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations a sample",
+             ylabel="Fréchet distance in a classifier's features")  # fmt: skip
+    axes.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def table(results: dict) -> str:
+    """Markdown: a row a solver, a column a number of evaluations."""
+    lines = ["| solver | " + " | ".join(map(str, EVALUATIONS)) + " |", "|---" * (len(EVALUATIONS) + 1) + "|"]
+    for label in SOLVERS:
+        cells = {r["evaluations"]: r["frechet"] for r in results["runs"].values() if r["label"] == label}
+        lines.append(f"| {label} | " + " | ".join(f"{cells[n]:.2f}" if n in cells else "" for n in EVALUATIONS) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--out", default="solver_quality", help="without its ending (default: %(default)s)")
+    parser.add_argument("--page", help="Markdown page to put the table into, between its <!-- quality --> comments")
+    parser.add_argument("--num", type=int, default=400, help="samples each (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further solver after so long")
+    args = parser.parse_args()
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model = jd.load(args.workdir)
+    sources = {split: jd.data.load(model.config.data, split) for split in ("train", "eval")}
+    real, held_out = (s.batch(np.arange(len(s))) for s in sources.values())
+    for batch in (real, held_out):
+        batch["image"] = np.asarray(jd.data.to_float(batch["image"]))
+    judge = classifier.train(real["image"], real["label"])
+    reference = frechet.moments(judge.features(real["image"]))
+
+    def distance(images):
+        return frechet.from_moments(*frechet.moments(judge.features(images)), *reference)
+
+    started = time.monotonic()
+    save = out.with_suffix(".json")
+    results = json.loads(save.read_text()) if save.exists() else {"runs": {}, "num": args.num}
+    results["classifier_accuracy"] = judge.accuracy(held_out["image"], held_out["label"])
+    results["real"] = distance(held_out["image"][: args.num])
+    for label, solver, grid, options, steps in plan():
+        key = f"{label} {steps}"
+        if key in results["runs"] or solver not in jd.solvers.SOLVERS:
+            continue
+        if time.monotonic() - started > 60 * args.minutes:
+            break
+        solver_table = jd.solvers.make(solver, model.process.schedule, steps, grid, **options).with_memory(4)
+        begun = time.monotonic()
+        images = model.sample(
+            jax.random.key(0), solver_table, args.num, labels=list(range(len(model.class_names))), batch_size=200
+        )
+        images = np.asarray(jd.data.to_float(jd.data.to_uint8(images)))
+        labels = np.resize(np.arange(len(model.class_names)), args.num)
+        run = {"label": label, "evaluations": len(solver_table), "frechet": distance(images),
+               "accuracy": judge.accuracy(images, labels), "seconds": time.monotonic() - begun}  # fmt: skip
+        results["runs"][key] = run
+        if steps == 1000:
+            results["ddpm1000"] = run["frechet"]
+        save.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{key}: {run['frechet']:.3f}, accuracy {run['accuracy']:.1%}, {run['seconds']:.0f} s", flush=True)
+    plot(results, out.with_suffix(".png"))
+    print(table(results))
+    if args.page:
+        page.insert(args.page, "quality", table(results))
+
+
+if __name__ == "__main__":
+    main()

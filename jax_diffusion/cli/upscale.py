@@ -1,0 +1,68 @@
+"""Enlarge small images with a model trained for it (recipe flowers64_sr).
+
+examples:
+  jax-diffusion upscale --workdir=runs/sr --from_data=8
+  jax-diffusion upscale --workdir=runs/sr --images=small.png --variants=4 --steps=50
+  jax-diffusion upscale --workdir=runs/sr --from_data=8 --variants=8 --out=upscaled.png --npz=upscaled.npz
+
+Images of the model's full size are made small first, and the results are then measured against them. The rows of
+the picture: the input enlarged by bicubic interpolation (what the network sees), results, originals.
+"""
+
+import argparse
+from collections.abc import Sized
+
+import numpy as np
+
+from jax_diffusion.cli import images, sample
+
+CONDITION = "low_resolution"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    images.add_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    restore(options, CONDITION, "bicubic enlargement")
+
+
+def restore(options: argparse.Namespace, condition: str, baseline: str = "") -> None:
+    """Samples from a model conditioned on an image, beside the condition and, where there is one, the original.
+
+    baseline: what the condition is called where samples are measured against it; "" measures nothing.
+    """
+    import jax
+
+    job = images.load(options, condition)
+    table = sample.make_table(job.model, options)
+    total = job.variants * len(job.images)
+    results = job.model.sample(
+        jax.random.key(options.seed),
+        table,
+        total,
+        images=job.repeated(job.images),
+        labels=job.repeated(job.labels),
+        **images.call(options, job, options.command, total),
+    )
+    shown = job.model.condition_images(job.images)
+    parts, said = [shown, *images.rows(job, results)], ""
+    if job.images.shape[1:] == job.model.shape:
+        parts.append(job.images)
+    if baseline and job.images.shape[1:] == job.model.shape:
+        draws = images.rows(job, results)
+        levels = {baseline: np.broadcast_to(shown, job.images.shape), "sample": draws[0]}
+        if job.variants > 1:
+            levels[f"mean of {job.variants} samples"] = np.mean(draws, axis=0)
+        said = "PSNR against the originals: " + ", ".join(
+            f"{name} {images.psnr(x, job.images):.2f} dB" for name, x in levels.items()
+        )
+    images.finish(
+        options,
+        job,
+        parts,
+        results,
+        f"{total} samples for {len(job.images)} images with {table.name}"
+        + (f", {len(table)} evaluations" if isinstance(table, Sized) else ""),  # adaptive steps have no number
+        said,
+    )
