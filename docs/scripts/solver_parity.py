@@ -83,7 +83,7 @@ CASES = [
     Case("sde_dpmpp_2m", {}, D.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "row"),
     Case("sde_dpmpp_3m", AS_DIFFUSERS, D.DPMSolverMultistepScheduler,
          {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "row",
-         "the second difference's weight has 1/2 subtracted where the integral adds it"),
+         "the second difference's weight has the wrong sign: 1/2 subtracted where the integral adds it"),
     Case("dpmpp_2s", {"share_steps": True}, D.DPMSolverSinglestepScheduler, {"lower_order_final": True}),
     Case("unipc", {"order": 1}, D.UniPCMultistepScheduler, {"solver_order": 1}),
     Case("unipc", {"order": 2}, D.UniPCMultistepScheduler, {"solver_order": 2}),

@@ -4,8 +4,8 @@
 
 Draws --num class-conditional samples with each solver at each number of network evaluations and measures their
 Fréchet distance to the real images in the features of a classifier trained on those (evals/classifier.py).
-Results are kept in OUT.json as they come: a second call goes on where the first was stopped. Writes OUT.png and
-prints a Markdown table.
+Samples are kept in the folder OUT as they come: a second call goes on where the first was stopped. Writes OUT.png,
+OUT.json and a Markdown table.
 """
 
 import argparse
@@ -99,31 +99,35 @@ def main() -> None:
     def distance(images):
         return frechet.from_moments(*frechet.moments(judge.features(images)), *reference)
 
+    classes = len(model.class_names)
+    asked = np.resize(np.arange(classes), args.num)
+    # As many real images of each class as samples.
+    by_class = [np.flatnonzero(held_out["label"] == c) for c in range(classes)]
+    real_ones = np.array([by_class[c][i // classes] for i, c in enumerate(asked)])
+    results = {"num": args.num, "classifier_accuracy": judge.accuracy(held_out["image"], held_out["label"]),
+               "real": distance(held_out["image"][real_ones]), "runs": {}}  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    save = out.with_suffix(".json")
-    results = json.loads(save.read_text()) if save.exists() else {"runs": {}, "num": args.num}
-    results["classifier_accuracy"] = judge.accuracy(held_out["image"], held_out["label"])
-    results["real"] = distance(held_out["image"][: args.num])
     for label, solver, grid, options, steps in plan():
-        key = f"{label} {steps}"
-        if key in results["runs"] or solver not in jd.solvers.SOLVERS:
-            continue
-        if time.monotonic() - started > 60 * args.minutes:
-            break
-        solver_table = jd.solvers.make(solver, model.process.schedule, steps, grid, **options).with_memory(4)
-        begun = time.monotonic()
-        images = model.sample(
-            jax.random.key(0), solver_table, args.num, labels=list(range(len(model.class_names))), batch_size=200
-        )
-        images = np.asarray(jd.data.to_float(jd.data.to_uint8(images)))
-        labels = np.resize(np.arange(len(model.class_names)), args.num)
-        run = {"label": label, "evaluations": len(solver_table), "frechet": distance(images),
-               "accuracy": judge.accuracy(images, labels), "seconds": time.monotonic() - begun}  # fmt: skip
-        results["runs"][key] = run
+        kept = out / f"{label.replace(' ', '_')}_{steps}.npz"
+        if not kept.exists():
+            if time.monotonic() - started > 60 * args.minutes:
+                continue
+            solver_table = jd.solvers.make(solver, model.process.schedule, steps, grid, **options)
+            solver_table = solver_table.with_memory(max(5, solver_table.memory))  # one program a number of rows
+            images = model.sample(
+                jax.random.key(0), solver_table, args.num, labels=list(range(classes)), batch_size=min(200, args.num)
+            )
+            np.savez_compressed(kept, images=np.asarray(jd.data.to_uint8(images)), evaluations=len(solver_table))
+        with np.load(kept) as arrays:
+            images, evaluations = np.asarray(jd.data.to_float(arrays["images"])), int(arrays["evaluations"])
+        run = {"label": label, "evaluations": evaluations, "frechet": distance(images),
+               "accuracy": judge.accuracy(images, asked)}  # fmt: skip
+        results["runs"][f"{label} {steps}"] = run
         if steps == 1000:
             results["ddpm1000"] = run["frechet"]
-        save.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{key}: {run['frechet']:.3f}, accuracy {run['accuracy']:.1%}, {run['seconds']:.0f} s", flush=True)
+        print(f"{label}, {evaluations}: {run['frechet']:.3f}, accuracy {run['accuracy']:.1%}", flush=True)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, out.with_suffix(".png"))
     print(table(results))
     if args.page:

@@ -63,7 +63,6 @@ def run(options: argparse.Namespace) -> None:
         job,
         [*([] if clean is None else [clean]), noisy, mean, *images.rows(job, draws)],
         draws,
-        f"{total} images denoised from sigma {options.sigma:g} (t = {t:.4g}) with {table.name}, "
-        solvers.cost(table),
+        f"{total} images denoised from sigma {options.sigma:g} (t = {t:.4g}) with {table.name}, {solvers.cost(table)}",
         said,
     )

@@ -49,5 +49,5 @@ def run(options: argparse.Namespace) -> None:
         [job.images, alpha * job.images + sigma * noise, *images.rows(job, results)],
         results,
         f"{total} images from {len(job.images)} at strength {options.strength:g}, with {table.name}, "
-        solvers.cost(table),
+        f"{solvers.cost(table)}",
     )

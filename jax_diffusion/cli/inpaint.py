@@ -90,5 +90,5 @@ def run(options: argparse.Namespace) -> None:
         [job.images, shown, *images.rows(job, results)],
         results,
         f"{total} fillings of {len(job.images)} images, {1 - known.mean():.0%} of the pixels, with {table.name}, "
-        solvers.cost(table),
+        f"{solvers.cost(table)}",
     )

@@ -10,7 +10,6 @@ the picture: the input enlarged by bicubic interpolation (what the network sees)
 """
 
 import argparse
-from collections.abc import Sized
 
 import numpy as np
 
@@ -33,6 +32,8 @@ def restore(options: argparse.Namespace, condition: str, baseline: str = "") -> 
     baseline: what the condition is called where samples are measured against it; "" measures nothing.
     """
     import jax
+
+    from jax_diffusion import solvers
 
     job = images.load(options, condition)
     table = sample.make_table(job.model, options)
@@ -62,7 +63,6 @@ def restore(options: argparse.Namespace, condition: str, baseline: str = "") -> 
         job,
         parts,
         results,
-        f"{total} samples for {len(job.images)} images with {table.name}"
-        + (f", {len(table)} evaluations" if isinstance(table, Sized) else ""),  # adaptive steps have no number
+        f"{total} samples for {len(job.images)} images with {table.name}, {solvers.cost(table)}",
         said,
     )

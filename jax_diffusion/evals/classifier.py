@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_TRAIN = 20_000  # enough for 97 % on MNIST in half a minute
-HIDDEN = (256, 64)  # the last is the dimension of the features: a covariance of it needs but hundreds of samples
+HIDDEN = (256, 32)  # the last is the dimension of the features: a covariance of it needs but hundreds of samples
 
 
 class Classifier(NamedTuple):
@@ -18,7 +18,7 @@ class Classifier(NamedTuple):
     train_images: int
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """The last hidden layer, [N, 64], of images [N, H, W, C] in [-1, 1]."""
+        """The last hidden layer, [N, 32], of images [N, H, W, C] in [-1, 1]."""
         x = np.asarray(images, np.float32).reshape(len(images), -1)
         for w, b in zip(self.weights[:-1], self.biases[:-1], strict=True):
             x = np.maximum(x @ w + b, 0)

@@ -59,14 +59,17 @@ class Control(NamedTuple):
 
 
 def control(span: float, steps: int, rtol: float, atol: float, max_evaluations: int) -> Control:
-    """A checked Control whose first step is span / steps."""
+    """A checked Control whose first step is span / steps, a tenth of the span at most: the error estimate of one step
+    over all of it may be small by accident."""
     if not rtol >= FINEST_RTOL:
         raise UserError(f"rtol={rtol:g} is finer than float32 can meet: use at least {FINEST_RTOL:g}")
     if not atol > 0:
         raise UserError(f"atol={atol:g} must be above 0")
     if max_evaluations < 10:
         raise UserError(f"max_evaluations={max_evaluations} is too few for one step: give at least 10")
-    return Control(np.float64(rtol), np.float64(atol), np.float64(abs(span) / steps), np.int32(max_evaluations))
+    return Control(
+        np.float64(rtol), np.float64(atol), np.float64(abs(span) / max(steps, 10)), np.int32(max_evaluations)
+    )
 
 
 def integrate(
@@ -231,7 +234,7 @@ def _solver(name: str, grid: Grid, rtol: float, atol: float, max_evaluations: in
 
 
 def rk45(grid: Grid, rtol: float = 1e-4, atol: float = 1e-4, max_evaluations: int = 2000) -> RungeKutta:
-    """Dormand-Prince. Of the grid it takes the first time, the first step (its range of log u / steps) and `final`.
+    """Dormand-Prince. Of the grid it takes the first time, the first step (the range of log u / steps) and `final`.
 
     rtol, atol: of y, at least 1e-6 and above 0.  max_evaluations: a sample that needs more is NaN.
     """

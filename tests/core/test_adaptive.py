@@ -152,14 +152,15 @@ def test_too_few_evaluations_are_not_passed_off_as_a_sample(method):
 def test_dpm_adaptive_errs_less_at_a_finer_tolerance(name, order):
     schedule = schedules.make(name)
     x, errors, cost = start(schedule), [], []
-    for part in (1 / 8, 1 / 32, 1 / 128, 1 / 512):  # coarser, LARGEST_STEP has the say
-        options = {"rtol": 0.05 * part, "atol": 0.0078 * part, "final": "min"}
-        solver = make("dpm_adaptive", schedule, 1, order=order, **options)
+    for part in (1, 1 / 64, 1 / 512):  # in between, which steps are accepted is luck, and LARGEST_STEP has its say
+        solver = make("dpm_adaptive", schedule, 1, order=order, rtol=0.05 * part, atol=0.0078 * part)
         got, used = solve(solver, schedule, x)
-        errors.append(np.abs(got - flow_map(schedule, schedule.t_max, solver.frame.last_time)(x)).max())
+        last = solver.frame.last_time
+        exact = flow_map(schedule, schedule.t_max, last)(x)
+        errors.append(np.abs(got - denoiser(schedule)(jnp.asarray(exact, jnp.float32), jnp.float32(last))).max())
         cost.append(used.mean())
-    assert errors[0] > errors[1] > errors[2] > errors[3] and errors[3] < 0.002, errors
-    assert cost == sorted(cost) and all((c - (name == "flow")) % order == 0 for c in used.tolist())
+    assert errors[0] > 1.5 * errors[1] and errors[1] > 1.5 * errors[2] and errors[2] < 0.002, errors
+    assert cost == sorted(cost) and all((c - 1) % order == 0 for c in used.tolist())
 
 
 @pytest.mark.parametrize("order", [2, 3])
