@@ -10,8 +10,9 @@ import importlib
 from jax_diffusion.version import __version__
 
 _MODULES = (
-    "cli", "conditions", "config", "data", "editing", "errors", "evals", "guidance", "io", "models", "parameterization",
-    "posterior", "process", "schedules", "sharding", "solvers", "timesteps", "train", "weighting",
+    "bound", "cli", "conditions", "config", "data", "editing", "errors", "evals", "guidance", "io", "likelihood",
+    "models", "parameterization", "posterior", "process", "schedules", "sharding", "solvers", "timesteps", "train",
+    "weighting",
 )  # fmt: skip
 _NAMES = {
     "Model": "jax_diffusion.model",

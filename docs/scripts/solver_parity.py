@@ -191,7 +191,7 @@ def compare(case: Case, prediction: str, spacing: str, steps: int) -> float | No
             peer = scheduler(case, prediction, spacing, steps)
             grid = grid_of(peer)
             table = jd.solvers.make(case.solver, LINEAR, grid=grid, **case.options)
-            table = table.with_memory(max(MEMORY, table.memory))
+            table = table.with_memory(MEMORY)
             theirs = run_peer(case, peer, prediction, len(table))
         except (NotImplementedError, ValueError):  # what the peers say to an unknown prediction type
             return None

@@ -37,8 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    import dataclasses
-
     import jax
     import numpy as np
 
@@ -63,8 +61,8 @@ def run(options: argparse.Namespace) -> None:
     guidance = guiding.sampling(options, model, labels)
     table = sample.make_table(model, options)
     check_deterministic(table)
-    if options.memory is not None and options.memory < table.memory:
-        raise UserError(f"--memory={options.memory}: {table.name} uses {table.memory} predictions already")
+    if options.memory is not None and options.memory < table.used_memory:
+        raise UserError(f"--memory={options.memory}: {table.name} uses {table.used_memory} predictions already")
     schedule, n, total = model.process.schedule, options.num, 2 * options.num
     # The second half is held out.
     keys = noise.sample_keys(jax.random.key(options.seed), np.arange(total))
@@ -101,8 +99,8 @@ def run(options: argparse.Namespace) -> None:
             table = min(zip((d for d, _ in lines), best, strict=False), key=lambda pair: pair[0])[1]
     else:
         judge(f"{table.name}, {len(table)}", table)
-    if options.memory is not None:
-        table = table.with_memory(max(options.memory, table.memory))
+    # Only the predictions that the solver uses are weighted, unless more are asked for.
+    table = table.with_memory(options.memory or table.used_memory)
     line = sample.progress_line("optimizing", options.iterations)
     began = time.perf_counter()
     learned = optimize(
@@ -119,7 +117,6 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
         progress=lambda done, loss: line(done, options.iterations),
     )
-    learned = dataclasses.replace(learned, name=f"{learned.name} ({len(table)} evaluations)")
     seconds = time.perf_counter() - began
     judge(learned.name, learned)
     learned.save(out)

@@ -86,6 +86,10 @@ METHODS = {
 
 GRID_OPTIONS = grids.OPTIONS
 
+# Room for as many predictions in every table, so that solvers of different order are one compiled program; most need
+# 1 to 4, and an unused one costs a multiplication by zero beside a network's evaluation.
+MEMORY = 4
+
 
 def make(
     name: str,
@@ -100,6 +104,9 @@ def make(
         of steps counts; or None for the schedule's default.
     options: the solver's own (eta, variance, ...) and the grid's (offset, rho, final, ...: grids.make).
 
+    Tables of as many rows are one compiled program, whatever the solver (those that need more than MEMORY
+    predictions, plms and pndm, apart).
+
     >>> print(make("dpmpp_2m", schedules.make("cosine"), steps=20))
     """
     known = {**SOLVERS, **METHODS}
@@ -110,5 +117,7 @@ def make(
     if isinstance(grid, Grid):
         if grid_options:
             raise UserError(f"{', '.join(grid_options)}: these belong to making a grid, and one was given")
-        return solver(grid, **options)
-    return solver(grids.make(schedule, steps, grid, **grid_options), **options)
+    else:
+        grid = grids.make(schedule, steps, grid, **grid_options)
+    made = solver(grid, **options)
+    return made.with_memory(max(MEMORY, made.used_memory)) if isinstance(made, Table) else made

@@ -50,7 +50,9 @@ class DPMAdaptive:
     def run(self, keys: jax.Array, denoise: Denoiser, x: jax.Array, trajectory: bool = False):
         """See Solver.run; there is no trajectory."""
         if trajectory:
-            raise UserError(f"trajectory=True: {self.name} takes other steps for each sample; use a solver of a table")
+            raise UserError(
+                "trajectory=True: adaptive solvers take other steps for each sample; use one of fixed steps"
+            )
         return self.solve(keys, denoise, x)[0], None
 
     def solve(self, keys: jax.Array, denoise: Denoiser, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -107,7 +107,9 @@ def _endpoint(table, params, x, cond, *, denoiser):
 
 
 def check_deterministic(table: Table) -> None:
-    """Raises UserError for a table with noise."""
+    """Raises UserError for a table with noise, and for a solver that is no table."""
+    if not isinstance(table, Table):
+        raise UserError(f"solver {table.name!r} is no table of numbers: use one that is, like ddim, dpmpp_2m or unipc")
     if np.any(table.C):
         raise UserError(f"solver {table.name!r} adds noise: only deterministic ones have one end point to compare")
 

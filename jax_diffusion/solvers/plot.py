@@ -30,7 +30,7 @@ def plot(table: "Table") -> "Figure":
     rows = np.arange(n)
     figure = Figure(figsize=(10, float(np.clip(1.8 + 0.3 * n, 4, 9))), layout="constrained")
     figure.suptitle(f"{table.name}: {n} evaluations")
-    widths = [3, 2 + 0.8 * table.memory] + ([1.5] if np.any(table.C) else [])
+    widths = [3, 2 + 0.8 * table.used_memory] + ([1.5] if np.any(table.C) else [])
     times, cells, *noise = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
 
     times.plot(table.t, rows, "o-", color=TIME_COLOUR, markersize=4, linewidth=1)
@@ -39,13 +39,13 @@ def plot(table: "Table") -> "Figure":
         times.set_xscale("log")
     times.grid(alpha=0.3)
 
-    values = np.column_stack([table.A, table.B] + ([table.R] if np.any(table.R) else []))
+    values = np.column_stack([table.A, table.B[:, : table.used_memory]] + ([table.R] if np.any(table.R) else []))
     largest = float(np.abs(values).max())
     # Coefficients span decades, and their signs matter most.
     norm = SymLogNorm(linthresh=max(largest / 100, 1e-12), vmin=-largest, vmax=largest)
     colours = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "white", POSITIVE])
     image = cells.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
-    ages = ["B0\nD", *(f"B{k}\n{k} before" for k in range(1, table.memory))]
+    ages = ["B0\nD", *(f"B{k}\n{k} before" for k in range(1, table.used_memory))]
     columns = ["A\nstate", *ages, *(["R\nraw - D"] if np.any(table.R) else [])]
     cells.set_xticks(range(len(columns)), columns)
     cells.set_title("weights")

@@ -99,10 +99,16 @@ class Table:
         """K, how many predictions a row may use."""
         return self.B.shape[1]
 
+    @property
+    def used_memory(self) -> int:
+        """How many predictions the rows do use."""
+        return max((k + 1 for k in range(self.memory) if np.any(self.B[:, k])), default=1)
+
     def __str__(self) -> str:
-        columns = {"t": self.t, "A": self.A, **{f"B{k}": self.B[:, k] for k in range(self.memory)}}
+        used = self.used_memory
+        columns = {"t": self.t, "A": self.A, **{f"B{k}": self.B[:, k] for k in range(used)}}
         columns |= {c: getattr(self, c) for c in ("P", "R", "C") if np.any(getattr(self, c))}
-        lines = [f"{self.name}: {len(self)} evaluations, memory {self.memory}, start N(0, {float(self.scale):.5g}^2)"]
+        lines = [f"{self.name}: {len(self)} evaluations, memory {used}, start N(0, {float(self.scale):.5g}^2)"]
         lines.append(" ".join(f"{h:>11}" for h in ["row", *columns]))
         for n in range(len(self)):
             lines.append(f"{n:>11} " + " ".join(f"{float(c[n]):>11.6g}" for c in columns.values()))
@@ -115,8 +121,10 @@ class Table:
         return plot(self)
 
     def with_memory(self, memory: int) -> "Table":
-        """The same solver with room for `memory` >= K predictions: tables of equal shapes share a program."""
-        return dataclasses.replace(self, B=np.pad(self.B, ((0, 0), (0, memory - self.memory))))
+        """The same solver with room for so many predictions, at least those it uses. Tables of equal shapes share a
+        program."""
+        B = self.B[:, : max(memory, self.used_memory)]
+        return dataclasses.replace(self, B=np.pad(B, ((0, 0), (0, max(0, memory - B.shape[1])))))
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes all columns to an .npz file, which solvers.load reads."""

@@ -50,13 +50,11 @@ def test_guidance_options_reach_the_denoiser(sample, workdir):
     """Each changes the samples, but for values that make it nothing."""
     base = ["--num=4", "--guidance=3", "--steps=4"]
     plain, _ = sample(*base)
-    for nothing in ("--guidance_interval=0,inf", "--guidance_rescale=0", "--apg=1,inf", "--guidance=3,3,3,3"):
-        assert np.abs(sample(*base, nothing)[0] - plain).max() <= 1, nothing
-    for option in (
-        "--guidance_interval=0.1,2", "--guidance_rescale=1", "--apg=0,0.5", "--negative=4",
-        "--guidance=3,6", "--autoguide={workdir}:30",
-    ):  # fmt: skip
-        assert np.abs(sample(*base, option.format(workdir=workdir))[0] - plain).max() > 2, option
+    nothing = ["--guidance_interval=0,inf", "--guidance_rescale=0", "--apg=1,inf", "--guidance=3,3,3,3"]
+    assert np.abs(sample(*base, *nothing)[0] - plain).max() <= 1
+    settings = ["--guidance_interval=0.1,2", "--guidance_rescale=1", "--apg=0,0.5"]
+    for options in (settings, ["--negative=4"], ["--guidance=3,6"], [f"--autoguide={workdir}:30"]):
+        assert np.abs(sample(*base, *options)[0] - plain).max() > 2, options
 
 
 def test_autoguidance_needs_no_labels(sample, workdir):

@@ -65,7 +65,7 @@ def test_classifier_free_is_the_combination_of_scores(name, t):
 @pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
 def test_rescale_is_diffusers(prediction, phi):
     torch = pytest.importorskip("torch")
-    common = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    peer = pytest.importorskip("diffusers.guiders.guider_utils")
     p, t = parameterization("vp", prediction), jnp.float32(0.6)
     x, said_cond, said_null = jax.random.normal(jax.random.key(1), (3, B, 6, 6, 3))
 
@@ -79,7 +79,7 @@ def test_rescale_is_diffusers(prediction, phi):
     got = x0(guidance.classifier_free(both, LABELS, NULL, settings, p), x, t)
     mixed = said_null + 5.0 * (said_cond - said_null)
     tensors = (torch.tensor(np.asarray(a)) for a in (mixed, said_cond))
-    want = common.rescale_noise_cfg(*tensors, guidance_rescale=phi).numpy()
+    want = peer.rescale_noise_cfg(*tensors, guidance_rescale=phi).numpy()
     np.testing.assert_allclose(got, p.x0(jnp.asarray(want), x, t), rtol=1e-4, atol=1e-4)
     if phi == 0.0:  # bitwise nothing
         plain = x0(guidance.classifier_free(both, LABELS, NULL, 5.0), x, t)
@@ -171,6 +171,18 @@ def test_projected_guidance_is_orthogonal_and_short(radius):
     cosine = jnp.abs(jnp.sum(along * good, 1)) / norms / jnp.linalg.norm(along, axis=1)
     np.testing.assert_allclose(cosine, 1, atol=1e-4)
     np.testing.assert_allclose(update(0.3), orthogonal + 0.3 * along, atol=1e-5)
+
+
+@pytest.mark.parametrize(("eta", "radius"), [(0.0, 1.5), (0.4, 0.5), (1.0, 30.0)])
+def test_projected_guidance_is_diffusers(eta, radius):
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
+    good, weak = jax.random.normal(jax.random.key(2), (2, B, 3, 6, 6))
+    tensors = (torch.tensor(np.asarray(a)) for a in (good, weak))
+    want = peer.normalized_guidance(*tensors, 6.5, None, eta, radius, use_original_formulation=True).numpy()
+    settings = Settings(7.5, apg=(eta, radius))
+    got = x0(guidance.autoguide(lambda x, t: good, lambda x, t: weak, settings), good, 0.5)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_autoguidance_goes_away_from_the_weak_network():

@@ -250,7 +250,7 @@ def test_float32_is_enough(solver, options, name):
 )
 def test_memory_does_not_grow_with_the_steps(solver, memory):
     """With predictions alone, combining three old eps would need all D since the first."""
-    assert make(solver, schedules.make("linear"), 60).memory == memory
+    assert make(solver, schedules.make("linear"), 60).used_memory == memory
 
 
 def test_integrals_by_quadrature():

@@ -76,7 +76,9 @@ def test_more_memory_is_more_to_learn():
     table = make("ddim", schedule, 4)
     target = endpoints(make("dpmpp_2m", schedule, 200), denoiser, NOISE)
     options = {"iterations": 150, "batch_size": 64}
-    one, three = (optimize(t, denoiser, NOISE, target, schedule, **options) for t in (table, table.with_memory(3)))
+    one, three = (
+        optimize(t, denoiser, NOISE, target, schedule, **options) for t in (table.with_memory(1), table.with_memory(3))
+    )
     assert three.memory == 3 and np.abs(three.B[2:, 2]).max() > 1e-3
     assert rms(endpoints(three, denoiser, NOISE), target) < rms(endpoints(one, denoiser, NOISE), target)
 

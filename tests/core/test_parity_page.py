@@ -7,7 +7,7 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "docs" / "scripts"))
 
-import solver_parity as parity  # noqa: E402
+import solver_parity as parity
 
 
 @pytest.mark.parametrize("prediction", sorted(parity.PREDICTIONS))

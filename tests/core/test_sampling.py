@@ -72,6 +72,8 @@ def test_tables_of_equal_rows_are_one_program():
         make("ddim", LINEAR, 12, eta=0.7),
         make("euler", LINEAR, 12, "linspace"),
         make("ddpm", cosine, 12, variance="fixed_large"),
+        make("unipc", LINEAR, 12, order=3),
+        make("deis", LINEAR, 12, "karras"),
     ]
     results = [np.asarray(counted(table, jnp.arange(2))) for table in tables]
     assert counted._cache_size() == 1
