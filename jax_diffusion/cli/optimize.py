@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from jax_diffusion import model as models
     from jax_diffusion import solvers
     from jax_diffusion.solvers import compare, noise
-    from jax_diffusion.solvers.optimize import check_deterministic, endpoints, optimize
+    from jax_diffusion.solvers.learned import check_deterministic, endpoints, optimize
 
     for name in ("num", "batch_size", "iterations", "reference_steps", "memory"):
         value = getattr(options, name)

@@ -1,5 +1,6 @@
 """Solvers, most of them tables. `make("ddim", schedule, steps=50, eta=0.0)` builds one, `sample` runs any."""
 
+import importlib
 from collections.abc import Sequence
 
 from jax_diffusion.errors import UserError, check_options, choose
@@ -40,9 +41,11 @@ __all__ = [
     "Table",
     "add_noise_to",
     "cost",
+    "endpoints",
     "grids",
     "load",
     "make",
+    "optimize",
     "sample",
     "sample_keys",
 ]
@@ -121,3 +124,9 @@ def make(
         grid = grids.make(schedule, steps, grid, **grid_options)
     made = solver(grid, **options)
     return made.with_memory(max(MEMORY, made.used_memory)) if isinstance(made, Table) else made
+
+
+def __getattr__(name: str):
+    if name in ("endpoints", "optimize"):  # only those who learn a solver pay for importing optax
+        return getattr(importlib.import_module("jax_diffusion.solvers.learned"), name)
+    raise AttributeError(f"module 'jax_diffusion.solvers' has no attribute {name!r}")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jax_diffusion import schedules
+from jax_diffusion.guidance import Denoised
 from jax_diffusion.solvers import SOLVERS, grids, make, sample
 from jax_diffusion.solvers.ddim import ddim
 from jax_diffusion.solvers.ddpm import ddpm
@@ -252,7 +253,7 @@ def test_learned_variance_ends_at_the_fixed_ones(v, variance):
     s = schedules.make("linear")
 
     def learned(x, t):
-        return correlated(x, t), jnp.full_like(x, v)
+        return Denoised(correlated(x, t), jnp.full_like(x, v))
 
     def run(denoise, kind):
         table = make("ddpm", s, 12, variance=kind)
@@ -267,7 +268,7 @@ def test_learned_variance_is_geometric_between():
     np.testing.assert_array_equal((table.C, table.C_max), (small.C, large.C))
 
     def half(x, t):
-        return jnp.zeros_like(x), jnp.full_like(x, 0.5)
+        return Denoised(jnp.zeros_like(x), jnp.full_like(x, 0.5))
 
     # One step from zero state with D = 0 leaves the noise alone; its scale is the geometric mean (eq. 15).
     def one(table, denoise):

@@ -10,8 +10,8 @@ import pytest
 from jax_diffusion import guidance, schedules
 from jax_diffusion.errors import UserError
 from jax_diffusion.solvers import SOLVERS, compare, load, make, sample
-from jax_diffusion.solvers import optimize as learning
-from jax_diffusion.solvers.optimize import endpoints, optimize
+from jax_diffusion.solvers import learned as learning
+from jax_diffusion.solvers.learned import endpoints, optimize
 
 from .toys import gaussian_denoiser
 
