@@ -15,6 +15,11 @@ from jax_diffusion.cli import main
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = [
+    b
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 STRICT = "import warnings\nwarnings.filterwarnings('error', module='jax_diffusion')\n"
@@ -50,7 +55,7 @@ def test_readme_example_after_the_demo(demo):
     assert len([line for line in BLOCKS[0].splitlines() if line]) <= 10
 
 
-@pytest.mark.parametrize("block", BLOCKS[1:])
+@pytest.mark.parametrize("block", [*BLOCKS[1:], *PAGES])
 def test_readme_examples_on_their_own(block, tmp_path):
     assert run_python(block, tmp_path)
 

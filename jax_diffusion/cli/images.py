@@ -170,6 +170,15 @@ def call(options: argparse.Namespace, job: Job, what: str, total: int, guidance:
     }
 
 
+def draw(options: argparse.Namespace, job: Job, what: str, table, **inputs) -> np.ndarray:
+    """[variants * N, ...] samples by Model.sample; inputs: what else it is given."""
+    import jax
+
+    total = job.variants * len(job.images)
+    key, labels = jax.random.key(options.seed), job.repeated(job.labels)
+    return job.model.sample(key, table, total, labels=labels, **inputs, **call(options, job, what, total))
+
+
 def rows(job: Job, results: np.ndarray) -> list[np.ndarray]:
     """[variants * N, ...] as a list of [N, ...]."""
     return np.split(results, job.variants)

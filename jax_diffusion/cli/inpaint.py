@@ -62,8 +62,6 @@ def to_fill(mask: str, height: int, width: int, seed: int) -> np.ndarray:
 
 
 def run(options: argparse.Namespace) -> None:
-    import jax
-
     from jax_diffusion import solvers
 
     if options.solver is None and options.table is None:
@@ -73,22 +71,13 @@ def run(options: argparse.Namespace) -> None:
     height, width, _ = job.model.shape
     known = ~to_fill(options.mask, height, width, options.seed)
     table = sample.make_table(job.model, options)
-    total = job.variants * len(job.images)
-    results = job.model.sample(
-        jax.random.key(options.seed),
-        table,
-        total,
-        known=job.repeated(job.images),
-        mask=known,
-        labels=job.repeated(job.labels),
-        **images.call(options, job, "inpainting", total),
-    )
+    results = images.draw(options, job, "inpainting", table, known=job.repeated(job.images), mask=known)
     shown = np.where(known[None, :, :, None], job.images, np.float32(0))
     images.finish(
         options,
         job,
         [job.images, shown, *images.rows(job, results)],
         results,
-        f"{total} fillings of {len(job.images)} images, {1 - known.mean():.0%} of the pixels, with {table.name}, "
-        f"{solvers.cost(table)}",
+        f"{len(results)} fillings of {len(job.images)} images, {1 - known.mean():.0%} of the pixels, with "
+        f"{table.name}, {solvers.cost(table)}",
     )

@@ -31,21 +31,11 @@ def restore(options: argparse.Namespace, condition: str, baseline: str = "") -> 
 
     baseline: what the condition is called where samples are measured against it; "" measures nothing.
     """
-    import jax
-
     from jax_diffusion import solvers
 
     job = images.load(options, condition)
     table = sample.make_table(job.model, options)
-    total = job.variants * len(job.images)
-    results = job.model.sample(
-        jax.random.key(options.seed),
-        table,
-        total,
-        images=job.repeated(job.images),
-        labels=job.repeated(job.labels),
-        **images.call(options, job, options.command, total),
-    )
+    results = images.draw(options, job, options.command, table, images=job.repeated(job.images))
     shown = job.model.condition_images(job.images)
     parts, said = [shown, *images.rows(job, results)], ""
     if job.images.shape[1:] == job.model.shape:
@@ -63,6 +53,6 @@ def restore(options: argparse.Namespace, condition: str, baseline: str = "") -> 
         job,
         parts,
         results,
-        f"{total} samples for {len(job.images)} images with {table.name}, {solvers.cost(table)}",
+        f"{len(results)} samples for {len(job.images)} images with {table.name}, {solvers.cost(table)}",
         said,
     )

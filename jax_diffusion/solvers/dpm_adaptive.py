@@ -20,6 +20,7 @@ from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser, unpack
 from jax_diffusion.shapes import per_sample
 from jax_diffusion.solvers.frame import Frame
+from jax_diffusion.solvers.sampling import Adaptive
 from jax_diffusion.solvers.table import Grid
 
 SAFETY = 0.9
@@ -30,7 +31,7 @@ LARGEST_STEP = 1.0  # in log u
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DPMAdaptive:
+class DPMAdaptive(Adaptive):
     """A `Solver`; its numbers are data, its order is part of the program. Each sample pays the batch's slowest."""
 
     t: np.ndarray  # [1] the time it starts from
@@ -46,14 +47,6 @@ class DPMAdaptive:
     frame: Frame
     order: int
     name: str = ""
-
-    def run(self, keys: jax.Array, denoise: Denoiser, x: jax.Array, trajectory: bool = False):
-        """See Solver.run; there is no trajectory."""
-        if trajectory:
-            raise UserError(
-                "trajectory=True: adaptive solvers take other steps for each sample; use one of fixed steps"
-            )
-        return self.solve(keys, denoise, x)[0], None
 
     def solve(self, keys: jax.Array, denoise: Denoiser, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(x_0 [B, ...], evaluations [B]) from x at the first time; NaN where max_evaluations were too few."""

@@ -22,6 +22,7 @@ from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser, unpack
 from jax_diffusion.shapes import per_sample
 from jax_diffusion.solvers.frame import Frame
+from jax_diffusion.solvers.sampling import Adaptive
 from jax_diffusion.solvers.table import Grid
 
 SAFETY, LEAST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
@@ -149,7 +150,7 @@ def _norm(error, old, new, h, rtol, atol) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RungeKutta:
+class RungeKutta(Adaptive):
     """The probability-flow ODE by an embedded pair, from the grid's first time down to the schedule's least noise.
 
     A `Solver` for `sample`, and both directions of the ODE by themselves. Tolerances are those of y = x / s
@@ -167,14 +168,6 @@ class RungeKutta:
     C_start: np.ndarray  # []
     frame: Frame
     name: str = ""
-
-    def run(self, keys: jax.Array, denoise: Denoiser, x: jax.Array, trajectory: bool = False):
-        """See Solver.run; there is no trajectory."""
-        if trajectory:
-            raise UserError(
-                "trajectory=True: adaptive solvers take other steps for each sample; use one of fixed steps"
-            )
-        return self.solve(keys, denoise, x)[0], None
 
     def solve(self, keys: jax.Array, denoise: Denoiser, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(x_0 [B, ...], evaluations [B]) from x at the first time. keys: unused, the ODE draws no noise."""

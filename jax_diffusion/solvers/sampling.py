@@ -1,11 +1,13 @@
 """`sample`: noise in, samples out, by any solver."""
 
+import abc
 from collections.abc import Sized
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser
 from jax_diffusion.solvers import noise
 
@@ -23,6 +25,22 @@ class Solver(Protocol):
     def run(self, keys: jax.Array, denoise: Denoiser, x: jax.Array, trajectory: bool = False):
         """(x_0 [B, ...], every x0_hat [N, B, ...] or None) from x [B, ...]; keys [B], one a sample."""
         ...
+
+
+class Adaptive(abc.ABC):
+    """A Solver in which each sample takes steps of its own."""
+
+    @abc.abstractmethod
+    def solve(self, keys: jax.Array, denoise: Denoiser, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x_0 [B, ...], evaluations [B]) from x [B, ...] at the first time."""
+
+    def run(self, keys: jax.Array, denoise: Denoiser, x: jax.Array, trajectory: bool = False):
+        """See Solver.run; there is no trajectory."""
+        if trajectory:
+            raise UserError(
+                "trajectory=True: adaptive solvers take other steps for each sample; use one of fixed steps"
+            )
+        return self.solve(keys, denoise, x)[0], None
 
 
 def cost(solver: Solver) -> str:
