@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jax_diffusion.evals import frechet
+from jax_diffusion.evals import classifier, frechet
 from jax_diffusion.evals.judge import judge
 
 
@@ -65,3 +65,21 @@ def test_the_judge_is_not_fooled_by_digits_of_another_class(digits):
     shuffled = np.random.default_rng(0).permutation(labels)
     assert 0.02 < judge(*train, *held_out, images, shuffled).agreement < 0.25
     assert judge(*train, *held_out, images, (labels + 1) % 10).agreement < 0.05
+
+
+def test_a_classifier_s_features_tell_real_from_noise():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = digits.images[..., None].astype(np.float32) / 8 - 1, digits.target
+    c = classifier.train(images[:1200], labels[:1200])
+    assert c.accuracy(images[1200:], labels[1200:]) > 0.85 and c.train_images == 1200
+    assert c.features(images[:7]).shape == (7, 32)
+    real = frechet.moments(c.features(images[:1200]))
+    rng = np.random.default_rng(0)
+    noisy = images[1200:] + rng.normal(0, 0.5, images[1200:].shape)
+
+    def distance(x):
+        return frechet.from_moments(*frechet.moments(c.features(x)), *real)
+
+    assert distance(noisy) > 2 * distance(images[1200:])
