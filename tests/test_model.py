@@ -7,7 +7,7 @@ import pytest
 from jax_diffusion import experiment, guidance, solvers
 from jax_diffusion import model as models
 from jax_diffusion.errors import UserError
-from jax_diffusion.solvers import noise, optimize
+from jax_diffusion.solvers import endpoints, noise
 
 KEY = jax.random.key(3)
 # The batch size changes XLA's order of summation, nothing else; a few float32 steps amplify 1e-7 to this.
@@ -165,5 +165,5 @@ def test_the_denoiser_that_solvers_are_learned_with_is_that_of_sampling(model):
     keys = solvers.sample_keys(KEY, np.arange(6))
     x = np.asarray(noise.normal(keys, 0, model.shape))
     options = {"labels": [1, 2], "guidance": 2.0}
-    ends = optimize.endpoints(table, x=x, **model.denoiser(6, **options))
+    ends = endpoints(table, x=x, **model.denoiser(6, **options))
     np.testing.assert_allclose(ends, model.sample(KEY, table, 6, **options), atol=TOLERANCE)
