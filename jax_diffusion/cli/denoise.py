@@ -54,10 +54,8 @@ def run(options: argparse.Namespace) -> None:
     )
     said = ""
     if clean is not None:
-        level = {"noisy": noisy, "mean estimate": mean, "draw": images.rows(job, draws)[0]}
-        said = "PSNR against the clean images: " + ", ".join(
-            f"{name} {images.psnr(x, clean):.2f} dB" for name, x in level.items()
-        )
+        levels = {"noisy": noisy, "mean estimate": mean, "draw": images.rows(job, draws)[0]}
+        said = images.psnr_line("clean images", clean, levels)
     images.finish(
         options,
         job,

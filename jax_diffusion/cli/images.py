@@ -217,3 +217,10 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two sets [N, H, W, C] in [-1, 1], clipped to it: dB, averaged over images."""
     error = np.square(np.clip(a, -1, 1) - np.clip(b, -1, 1)).mean((1, 2, 3))
     return float(np.mean(10 * np.log10(4 / np.maximum(error, 1e-12))))
+
+
+def psnr_line(originals: str, truth: np.ndarray, levels: dict[str, np.ndarray]) -> str:
+    """ "PSNR against the originals: noisy 9.20 dB, draw 20.05 dB"; levels: images [N, H, W, C] by name."""
+    return f"PSNR against the {originals}: " + ", ".join(
+        f"{name} {psnr(x, truth):.2f} dB" for name, x in levels.items()
+    )

@@ -45,9 +45,7 @@ def restore(options: argparse.Namespace, condition: str, baseline: str = "") -> 
         levels = {baseline: np.broadcast_to(shown, job.images.shape), "sample": draws[0]}
         if job.variants > 1:
             levels[f"mean of {job.variants} samples"] = np.mean(draws, axis=0)
-        said = "PSNR against the originals: " + ", ".join(
-            f"{name} {images.psnr(x, job.images):.2f} dB" for name, x in levels.items()
-        )
+        said = images.psnr_line("originals", job.images, levels)
     images.finish(
         options,
         job,

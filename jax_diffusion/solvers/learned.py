@@ -28,7 +28,7 @@ import optax
 from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser
 from jax_diffusion.schedules.base import Schedule
-from jax_diffusion.solvers.table import Table, row
+from jax_diffusion.solvers.table import Table
 
 MakeDenoiser = Callable[[Any, Any], Denoiser]  # (params, cond) -> Denoiser
 FARTHEST = 20.0  # flows have infinite log SNR at their ends
@@ -73,13 +73,9 @@ def _moved(table: Table, deltas: Deltas, schedule: Schedule) -> Table:
 
 def _run(table: Table, denoise: Denoiser, x: jax.Array) -> jax.Array:
     """x_0 of a deterministic table, with memory for one row's activations in the backward pass."""
-    step = jax.checkpoint(lambda carry, r: row(carry, r, denoise, None))
     # Gradients of convolutions inside a loop take 4 to 6 times longer on a CPU (measured, 6 rows of an MNIST U-Net).
     unroll = len(table) if jax.default_backend() == "cpu" else 1
-    (x, _, _), _ = jax.lax.scan(
-        lambda c, r: (step(c, r)[0], None), table.start(x), table.by_row(x.dtype), unroll=unroll
-    )
-    return x
+    return table.run(None, denoise, x, remat=True, unroll=unroll)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("denoiser", "schedule"))
@@ -100,10 +96,7 @@ _adam = optax.scale_by_adam(b1=0.9, b2=0.99)
 
 @functools.partial(jax.jit, static_argnames=("denoiser",))
 def _endpoint(table, params, x, cond, *, denoiser):
-    (x, _, _), _ = jax.lax.scan(
-        lambda c, r: (row(c, r, denoiser(params, cond), None)[0], None), table.start(x), table.by_row(x.dtype)
-    )
-    return x
+    return table.run(None, denoiser(params, cond), x)[0]
 
 
 def check_deterministic(table: Table) -> None:

@@ -134,27 +134,35 @@ class Table:
         with path.open("wb") as file:  # np.savez would add an ending to a path
             np.savez(file, **fields)
 
-    def start(self, x: jax.Array) -> tuple:
-        """What the first row works on: the state, the predictions remembered, the number of the row's noise."""
-        return x, [jnp.zeros_like(x)] * self.memory, jnp.int32(1)
+    def run(
+        self,
+        keys: jax.Array | None,
+        denoise: Denoiser,
+        x: jax.Array,
+        trajectory: bool = False,
+        *,
+        remat: bool = False,
+        unroll: int = 1,
+    ):
+        """From the state x [B, ...] down all rows: (x_0, every D [N, B, ...] or None).
 
-    def by_row(self, dtype) -> "Table":
-        """Every column as `dtype` arrays whose first axis is the rows, for a scan."""
-        n = len(self)
-        return jax.tree.map(lambda c: jnp.broadcast_to(jnp.asarray(c, dtype), (n, *jnp.shape(c)[1:])), self)
-
-    def run(self, keys: jax.Array, denoise: Denoiser, x: jax.Array, trajectory: bool = False):
-        """From the state x [B, ...] down all rows: (x_0, every D [N, B, ...] or None)."""
+        keys: None where no row adds noise.  remat: a gradient keeps the activations of one row at a time.
+        unroll: rows in one turn of the loop, as in lax.scan.
+        """
 
         def step(carry, r):
-            carry, x0_hat = row(carry, r, denoise, keys)
+            carry, x0_hat = _row(carry, r, denoise, keys)
             return carry, (x0_hat if trajectory else None)
 
-        (x, _, _), x0_hats = jax.lax.scan(step, self.start(x), self.by_row(x.dtype))
+        n = len(self)
+        by_row = jax.tree.map(lambda c: jnp.broadcast_to(jnp.asarray(c, x.dtype), (n, *jnp.shape(c)[1:])), self)
+        # Draw 0 was the initial noise.
+        start = x, [jnp.zeros_like(x)] * self.memory, jnp.int32(1)
+        (x, _, _), x0_hats = jax.lax.scan(jax.checkpoint(step) if remat else step, start, by_row, unroll=unroll)
         return x, x0_hats
 
 
-def row(carry: tuple, r: Table, denoise: Denoiser, keys: jax.Array | None):
+def _row(carry: tuple, r: Table, denoise: Denoiser, keys: jax.Array | None):
     """One row: ((x_n, D_{n-1}.., n) -> (x_{n+1}, D_n.., n+1), D_n). r: its numbers; keys: None adds no noise."""
     x, history, n = carry
     d = unpack(denoise(x, r.t))

@@ -4,8 +4,6 @@ The peers keep their sigmas, and some their state, in float32; both are given fl
 rounding. Where a peer is wrong the test says how, repairs it, and test_solvers.py measures that ours has its order.
 """
 
-import types
-
 import diffusers
 import numpy as np
 import pytest
@@ -14,25 +12,17 @@ from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_dpms
 
 from jax_diffusion.solvers import grids, make
 
+from .float64_peers import InFloat64
 from .test_peers import BAR, INDICES, KEY, LINEAR, X, ours, torch_net
 from .toys import draws
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}  # float64 on both sides, over at most 25 steps; measured: 1e-12 of the state
 
 
-class Float64Torch(types.ModuleType):
-    """torch, with float64 where a peer asks for float32."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
 @pytest.fixture(autouse=True)
 def states_in_float64(monkeypatch):
     for module in (scheduling_dpmsolver_multistep, scheduling_dpmsolver_singlestep):
-        monkeypatch.setattr(module, "torch", Float64Torch("torch"))
+        monkeypatch.setattr(module, "torch", InFloat64(torch))
 
 
 def on_grid(peer, grid):
