@@ -22,6 +22,9 @@ $(VENV)/.demo: setup.py
 $(VENV)/.test: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	@# Networks to compare with. Without what they require: torchvision has no build for a CPU-only torch.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps azula==0.11.1 denoising-diffusion-pytorch==2.3.4 \
+		ema-pytorch==0.8.3
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

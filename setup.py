@@ -33,6 +33,7 @@ setup(
         "clu>=0.0.12",
         "ml-collections>=1.0",
         "pillow>=10",
+        "safetensors>=0.4.5",
         "tensorboardX>=2.6",
     ],
     extras_require={
@@ -50,6 +51,7 @@ setup(
             "ruff>=0.12",
             "torch==2.13.0",
             "diffusers>=0.33",
+            "einops",  # of the peers that the Makefile installs
             "tensorboard",
         ],
     },

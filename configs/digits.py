@@ -14,7 +14,7 @@ def get_config():
     c.process.schedule = config.named("cosine")
     c.process.prediction = "v"
     c.process.timesteps = config.named("antithetic")
-    c.model.update(channels=32, multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=4)
+    c.model.update(channels=32, multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=4, norm_groups=8)
     c.optim.update(learning_rate=2e-3, schedule="cosine", warmup=100)
     c.ema.decay = 0.998
     c.train.update(

@@ -14,7 +14,7 @@ def get_config():
     c.data.update(source="toy2d", name="moons")
     c.process.schedule = config.named("cosine")
     c.process.prediction = "v"
-    c.model = config.mlp()
+    c.model = config.network("mlp")
     c.optim.update(learning_rate=1e-3, schedule="cosine", warmup=100)
     c.ema.decay = 0.998
     c.train.update(

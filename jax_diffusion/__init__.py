@@ -10,15 +10,16 @@ import importlib
 from jax_diffusion.version import __version__
 
 _MODULES = (
-    "bound", "cli", "conditions", "config", "data", "editing", "errors", "evals", "guidance", "io", "likelihood",
-    "models", "parameterization", "posterior", "process", "schedules", "sharding", "solvers", "timesteps", "train",
-    "weighting",
+    "bound", "cli", "conditions", "config", "data", "editing", "errors", "evals", "guidance", "interop", "io",
+    "likelihood", "models", "parameterization", "posterior", "process", "schedules", "sharding", "solvers", "timesteps",
+    "train", "weighting",
 )  # fmt: skip
 _NAMES = {
     "Model": "jax_diffusion.model",
     "UserError": "jax_diffusion.errors",
-    "load": "jax_diffusion.model",
+    "load": "jax_diffusion.loading",
     "sample": "jax_diffusion.solvers.sampling",
+    "save_diffusers": "jax_diffusion.interop.export",
 }
 
 __all__ = ["__version__", *_MODULES, *_NAMES]

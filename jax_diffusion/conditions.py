@@ -35,10 +35,14 @@ class Condition:
         return self.present(self.observe(x0))
 
 
-def low_resolution(shape: tuple[int, int, int], factor: int = 4) -> Condition:
+def low_resolution(shape: tuple[int, int, int], factor: int = 4, interpolation: str = "cubic") -> Condition:
     """Super-resolution by `factor`. The average of a block is the box filter of a camera's pixel; back up goes
-    a cubic interpolation, so that the network starts from the customary answer and adds what that lacks."""
+    a cubic interpolation, so that the network starts from the customary answer and adds what that lacks.
+
+    interpolation: cubic, or bilinear as ADM's upsamplers were trained with (Dhariwal & Nichol 2021).
+    """
     h, w, c = shape
+    choose("condition.interpolation", interpolation, ("cubic", "bilinear"))
     if not isinstance(factor, int) or factor < 2 or h % factor or w % factor:
         raise UserError(
             f"condition.factor={factor} does not divide the {h}x{w} images into a smaller one: use 2 or more, "
@@ -49,7 +53,7 @@ def low_resolution(shape: tuple[int, int, int], factor: int = 4) -> Condition:
         return x0.reshape(-1, h // factor, factor, w // factor, factor, c).mean((2, 4))
 
     def present(y):
-        return jnp.clip(jax.image.resize(y, (y.shape[0], h, w, c), "cubic"), -1.0, 1.0)
+        return jnp.clip(jax.image.resize(y, (y.shape[0], h, w, c), interpolation), -1.0, 1.0)
 
     return Condition("low_resolution", c, (h // factor, w // factor, c), observe, present)
 

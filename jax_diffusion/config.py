@@ -44,38 +44,27 @@ def default() -> ConfigDict:
                 "timesteps": {"name": "uniform"},  # and its options, see timesteps.make
                 "learn_variance": False,
                 "sigma_data": 0.5,
+                "raw_inputs": False,  # no input scaling, and sigma itself as the time (score-SDE's VE networks)
             },
-            "model": {
-                "name": "unet",
-                "channels": 128,
-                "multipliers": (1, 2, 2, 2),
-                "blocks": 2,
-                "attention_levels": (1,),
-                "heads": 1,
-                "head_channels": 0,
-                "dropout": 0.0,
-                "scale_shift": False,
-                "resblock_updown": False,
-                "downsample_padding": (0, 1),
-                "time_embedding": "sinusoidal",
-                "cond_channels": 0,  # of a condition image; the condition group sets it by itself
-                "patch": 1,
-                "norm_groups": 0,  # 0: 32, fewer where a group would have less than 4 channels
-                "norm_eps": 1e-5,
-                "remat": False,
-                "dtype": "float32",
-            },
+            "model": network("unet"),  # and its options, see models.unet and the other networks
             "optim": {
                 "learning_rate": 2e-4,
                 "schedule": "constant",  # constant, cosine, one_cycle, inverse_sqrt
                 "warmup": 1000,  # steps
+                "hold": 0,  # inverse_sqrt: steps before the rate falls; 0 is the warm-up's
                 "b1": 0.9,
                 "b2": 0.999,
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "clip": 1.0,  # global norm; 0 switches clipping off
             },
-            "ema": {"decay": 0.9999, "warmup": True},
+            "ema": {
+                "decay": 0.9999,
+                "warmup": True,
+                "profiles": (),  # relative widths of further averages, from which any other is made later (EDM2)
+                "snapshot_every": 1000,  # steps between the files these are kept in
+                "snapshot_dtype": "float32",  # or float16, half the space
+            },
             "train": {
                 "batch_size": 128,
                 "steps": 10_000,
@@ -94,8 +83,10 @@ def default() -> ConfigDict:
                 "solver": "ddim",
                 "steps": 50,
                 "grid": "",  # "" is the schedule's default
+                "options": {},  # of the solver and its grid: variance, eta, offset, rho, ... see solvers.make
                 "guidance": 1.0,
                 "clip": True,  # x0_hat to [-1, 1]; False for points and latents
+                "threshold": 0.0,  # percentile of dynamic thresholding in place of clipping; 0 is none
                 "num": 64,
                 "batch_size": 64,
             },
@@ -103,9 +94,14 @@ def default() -> ConfigDict:
     )
 
 
-def mlp() -> ConfigDict:
-    """The model fields of the MLP, for recipes on points."""
-    return ConfigDict({"name": "mlp", "width": 128, "depth": 4})
+def network(name: str, **fields: Any) -> ConfigDict:
+    """The model group of network `name`: all its options, those not given at their defaults. See models.MODELS."""
+    from jax_diffusion import models
+
+    known = models.options(name)
+    for field in fields:
+        choose(f"model {name!r}: option", field, known)
+    return ConfigDict({"name": name, **known, **fields})
 
 
 def named(name: str, **options: Any) -> ConfigDict:
@@ -188,6 +184,12 @@ def _unknown(field: str, group: str, name: str, known: Iterable[str]) -> UserErr
     )
 
 
+def _open(groups: list[str], node: ConfigDict) -> bool:
+    """Whether a group takes options that the config does not list: whoever is made with them checks them."""
+    component = groups and groups[0] in ("process", "condition") and "name" in node
+    return component or groups == ["sampling", "options"]
+
+
 def _set(config: ConfigDict, field: str, value: Any) -> None:
     *groups, last = field.split(".")
     node = config
@@ -199,7 +201,7 @@ def _set(config: ConfigDict, field: str, value: Any) -> None:
         value = _cast(field, node[last], value)
         if isinstance(value, ConfigDict):
             del node[last]  # a component is replaced with its options, not merged into the old one's
-    elif not (groups and groups[0] in ("process", "condition") and "name" in node):  # its maker checks the options
+    elif not _open(groups, node):
         raise _unknown(field, ".".join(groups), last, list(node))
     with node.ignore_type():
         node[last] = value
@@ -217,7 +219,22 @@ def override(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
     return config
 
 
-_GAINED = {"condition": {"name": "none"}}
+# What younger configs have gained, with the value that says what older ones did.
+_GAINED = {
+    "condition": {"name": "none"},
+    "process": {"raw_inputs": False},
+    "optim": {"hold": 0},
+    "ema": {"profiles": (), "snapshot_every": 1000, "snapshot_dtype": "float32"},
+    "sampling": {"options": {}, "threshold": 0.0},
+}
+
+
+def _completed(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields and those that it had before they were gained."""
+    fields = fields | {group: {**gained, **fields.get(group, {})} for group, gained in _GAINED.items()}
+    # A network's new option has as its default what it did without: older configs mean that.
+    name = fields["model"].get("name", "unet")
+    return fields | {"model": {**network(name).to_dict(), **fields["model"]}}
 
 
 def _untupled(value: Any) -> Any:
@@ -229,15 +246,15 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config saved by to_json; lists come back as the tuples they were, and a group that younger configs have
-    gained comes with the value that says what older ones did."""
+    """The config saved by to_json; lists come back as the tuples they were, and fields that younger configs have
+    gained are added."""
 
     def restore(node):
         if isinstance(node, dict):
             return {k: restore(v) for k, v in node.items()}
         return _untupled(node)
 
-    return ConfigDict({**_GAINED, **restore(json.loads(text))})
+    return ConfigDict(_completed(restore(json.loads(text))))
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -245,9 +262,9 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
     def flat(node, prefix=""):
         for k, v in node.items():
-            yield from flat(v, f"{prefix}{k}.") if isinstance(v, ConfigDict) else [(prefix + k, v)]
+            yield from flat(v, f"{prefix}{k}.") if isinstance(v, dict) else [(prefix + k, v)]
 
-    a, b = dict(flat(old)), dict(flat(new))
+    a, b = (dict(flat(_completed(c.to_dict()))) for c in (old, new))
     return [
         f"{k}: {a.get(k, '(unset)')} -> {b.get(k, '(unset)')}"
         for k in sorted(a.keys() | b.keys())

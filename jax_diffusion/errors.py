@@ -9,6 +9,10 @@ from typing import Any
 class UserError(ValueError):
     """A mistake the user can mend. Commands print it as one line, without a traceback."""
 
+    def __str__(self) -> str:
+        """With what a damaged file may have put into it, a terminal's escapes say, made visible."""
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
+
 
 def choose(option: str, value: str, choices: Iterable[str]) -> str:
     """Returns `value` if it is one of `choices`; otherwise raises a UserError naming the nearest one."""

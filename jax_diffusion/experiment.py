@@ -47,6 +47,7 @@ def build(
         p.weighting.name,
         learn_variance=p.learn_variance,
         sigma_data=p.sigma_data,
+        raw_inputs=p.raw_inputs,
         **configs.options(p.weighting),
     )
     times = timesteps.make(p.timesteps.name, **configs.options(p.timesteps))
@@ -57,7 +58,7 @@ def default_table(config: configs.ConfigDict, gaussian: Gaussian) -> solvers.Tab
     """The solver that config.sampling names."""
     s = config.sampling
     options = {"variance": "learned"} if gaussian.learn_variance and s.solver == "ddpm" else {}
-    return solvers.make(s.solver, gaussian.schedule, s.steps, s.grid or None, **options)
+    return solvers.make(s.solver, gaussian.schedule, s.steps, s.grid or None, **{**options, **s.options})
 
 
 def abstract_batch(source: Source, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

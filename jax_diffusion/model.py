@@ -100,7 +100,7 @@ class Model:
           negative:   labels to lead away from instead of from the average sample, given as `labels` are.
           autoguide:  a weaker Model, or parameters of this one from early in training: what to lead away from, with
                       labels or without (guidance.autoguide).
-          threshold:  percentile of dynamic thresholding, in place of clipping; None is none.
+          threshold:  percentile of dynamic thresholding, in place of clipping; None is the recipe's (mostly none).
           clip:       x0_hat to [-1, 1]; None is the recipe's choice.
           batch_size: samples per call of the compiled program; larger requests run in several calls.
           trajectory: also return x0_hat at every evaluation, [N, num, *shape].
@@ -167,6 +167,8 @@ class Model:
         cond = {k: v for k, v in cond.items() if v is not None}
         if negative is not None:
             negative = self._labels(negative, num)
+        if threshold is None:
+            threshold = self.config.sampling.threshold or None
         return guiding.request(num, cond, self.network.num_classes, guidance, negative, weak, threshold)
 
     def condition_images(self, images: Any) -> np.ndarray:
@@ -259,18 +261,27 @@ def read_meta(workdir: str | pathlib.Path) -> tuple[configs.ConfigDict, dict[str
     return config, facts
 
 
-def load(workdir: str | pathlib.Path, *, step: int | None = None, ema: bool = True) -> Model:
+def load(
+    workdir: str | pathlib.Path, *, step: int | None = None, ema: bool = True, ema_std: float | None = None
+) -> Model:
     """The model of a training run.
 
     step: which checkpoint, None for the newest.  ema: the averaged weights, else the raw ones.
+    ema_std: in place of a checkpoint, the average of this relative width that `jax-diffusion ema` has made.
     Raises UserError where there is no such workdir or checkpoint.
     """
-    from jax_diffusion.train import checkpoint
+    from jax_diffusion.train import checkpoint, posthoc
 
     config, facts = read_meta(workdir)
     shape, names = tuple(facts["shape"]), tuple(facts["class_names"])
     parts = experiment.build(config, shape, len(names))
     shapes = jax.eval_shape(parts.network.init, jax.random.key(0))
     whole = sharding.tree_shardings(sharding.make_mesh(), shapes, rules=())  # on every device
-    params, step = checkpoint.restore_weights(workdir, sharding.abstract(shapes, whole), step=step, ema=ema)
+    if ema_std is not None and not ema:
+        raise UserError(f"--ema_std={ema_std:g} is an average, and --no-ema asks for the raw weights: leave one out")
+    if ema_std is not None:
+        params, step = posthoc.load(workdir, ema_std, shapes, step)
+        params = jax.device_put(params, whole)
+    else:
+        params, step = checkpoint.restore_weights(workdir, sharding.abstract(shapes, whole), step=step, ema=ema)
     return make(config, params, shape, names, step, parts)

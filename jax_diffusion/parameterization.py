@@ -36,11 +36,13 @@ class Parameterization:
     """A prediction type on a schedule. Times t are [] or [B] JAX arrays; samples are [B, ...].
 
     sigma_data: standard deviation of the data, used by "edm" alone (0.5 for images in [-1, 1]).
+    raw_inputs: the network is shown x_t as it is and, on variance-exploding schedules, sigma itself (Song et al. 2021).
     """
 
     prediction: str
     schedule: Schedule
     sigma_data: float = 0.5
+    raw_inputs: bool = False
 
     def __post_init__(self):
         choose("prediction", self.prediction, PREDICTIONS)
@@ -83,6 +85,8 @@ class Parameterization:
     def c_in(self, t: jax.Array) -> jax.Array:
         """What x_t is multiplied by before the network sees it: unit variance where the schedule has not."""
         alpha, sigma = self.schedule.alpha_sigma(t)
+        if self.raw_inputs:
+            return jnp.ones_like(sigma)
         if self.prediction == "edm":
             return 1 / jnp.sqrt((alpha * self.sigma_data) ** 2 + sigma**2)
         if self.schedule.scaling == "ve":
@@ -95,7 +99,7 @@ class Parameterization:
         if self.schedule.steps:
             return t
         if self.schedule.scaling == "ve":
-            return -self.schedule.log_snr(t) / 8
+            return self.schedule.alpha_sigma(t)[1] if self.raw_inputs else -self.schedule.log_snr(t) / 8
         return 1000.0 * t
 
     def c_skip(self, t: jax.Array) -> jax.Array:

@@ -116,13 +116,14 @@ def make(
     *,
     learn_variance: bool = False,
     sigma_data: float = 0.5,
+    raw_inputs: bool = False,
     **weighting_options,
 ) -> Gaussian:
     """A Gaussian process from names: `make(schedules.make("cosine"), "v", "min_snr", gamma=5.0)`."""
     if weighting == "edm":
         weighting_options.setdefault("sigma_data", sigma_data)
     return Gaussian(
-        Parameterization(prediction, schedule, sigma_data),
+        Parameterization(prediction, schedule, sigma_data, raw_inputs),
         weightings.make(weighting, **weighting_options),
         learn_variance,
     )

@@ -22,6 +22,10 @@ BATCH = ("data", "fsdp")
 Rules = Sequence[tuple[str, str | tuple]]
 DEFAULT_RULES: Rules = ((".*", "largest"),)
 
+# Leaves of the layers of a scan (models/transformer.py), whose first axis "largest" leaves whole: cut along it, a scan
+# would fetch every layer from one device.
+STACKED = re.compile(r"(^|/)(\w+_)?stack/")
+
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
     """A mesh over all devices; one size may be -1, "whatever is left". Raises UserError where it does not fit."""
@@ -94,7 +98,8 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Part
         return PartitionSpec()
     if rule == "largest":
         parts = mesh.shape["fsdp"]
-        axes = [i for i, n in enumerate(shape) if n % parts == 0 and n >= parts]
+        whole = 1 if STACKED.search(name) else 0
+        axes = [i for i, n in enumerate(shape) if i >= whole and n % parts == 0 and n >= parts]
         if parts == 1 or not axes:
             return PartitionSpec()
         # Of equal axes the last: output features, which every layout keeps contiguous.

@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
     from jax_diffusion import model as models
 
     metrics = _check(options)
-    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema)
+    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema, ema_std=options.ema_std)
     if "accuracy" in metrics and not model.class_names:
         raise UserError("--metrics=accuracy needs a class-conditional model; this one has no labels")
     sources = {split: data.load(model.config.data, split) for split in ("train", "eval")}

@@ -118,7 +118,7 @@ def load(options: argparse.Namespace, condition: str | None = None) -> Job:
         raise UserError("--fit belongs to --images, and none are given")
     if options.out:
         sample.check_picture("--out", options.out)
-    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema)
+    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema, ema_std=options.ema_std)
     _check_kind(options, model, condition)
     labels = None
     if options.images is not None:

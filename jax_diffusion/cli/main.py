@@ -19,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 def _parser() -> Parser:
     from jax_diffusion.cli import (
         colorize,
+        convert,
         denoise,
+        ema,
         evaluate,
         img2img,
         inpaint,
@@ -33,7 +35,8 @@ def _parser() -> Parser:
     parser = Parser(prog="jax-diffusion", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (train, sample, evaluate, optimize, inpaint, img2img, upscale, colorize, interpolate, denoise):
+    editing = (inpaint, img2img, upscale, colorize, interpolate, denoise)
+    for module in (train, sample, evaluate, ema, optimize, *editing, convert):
         name = module.__name__.rsplit(".", 1)[1]
         command = commands.add_parser(
             name,
@@ -54,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         options, rest = _parser().parse_known_args(arguments)
-        if rest and options.command != "train":
+        if rest and options.command not in ("train", "convert"):
             raise UserError(f"{rest[0]}: unknown argument (see jax-diffusion {options.command} --help)")
         options.overrides = rest
         options.run(options)

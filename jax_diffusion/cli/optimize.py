@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--out={out} holds arrays: give it the ending .npz")
     if options.plot:
         sample.check_picture("--plot", options.plot)
-    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema)
+    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema, ema_std=options.ema_std)
     if model.condition is not None:
         raise UserError(f"--workdir={options.workdir} is conditioned on an image: use solvers.optimize from Python")
     labels = sample.parse_labels(options.labels, model.class_names)

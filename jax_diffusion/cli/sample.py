@@ -53,6 +53,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, metavar="N")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, or the raw ones")
+    add("--ema_std", type=float, metavar="STD", help="weights averaged over this relative width, made by "
+        "`jax-diffusion ema`")  # fmt: skip
     add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
 
 
@@ -178,7 +180,7 @@ def run(options: argparse.Namespace) -> None:
     for name in ("out", "trajectory"):
         if getattr(options, name):
             check_picture(f"--{name}", getattr(options, name))
-    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema)
+    model = models.load(options.workdir, step=options.checkpoint, ema=options.ema, ema_std=options.ema_std)
     said = model.config.sampling
     num = options.num or said.num
     labels = parse_labels(options.labels, model.class_names)
@@ -200,7 +202,8 @@ def run(options: argparse.Namespace) -> None:
     path = options.out or f"{options.workdir}/samples.png"
     columns = io.class_columns(len(labels)) if labels and num > len(labels) else None
     io.save_grid(path, samples, columns=columns)
-    written = [path]
+    latents = samples.ndim == 4 and samples.shape[-1] > 3
+    written = [f"{path} (the first three of {samples.shape[-1]} channels)" if latents else path]
     if options.npz:
         io.save_npz(options.npz, samples, None if labels is None else np.resize(labels, num))
         written.append(options.npz)

@@ -14,6 +14,7 @@ MARGIN = 2  # pixels between tiles
 def grid(samples: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
     """Tiles [N, H, W, C] samples in [-1, 1] into one uint8 picture [H', W', 3].
 
+    Of more than three channels the first three are shown: latents look like their picture, vaguely.
     columns: None is about square.  scale: whole-number enlargement; None makes small tiles readable.
     Points [N, 2] are drawn as a scatter plot instead.
     """
@@ -24,7 +25,7 @@ def grid(samples: np.ndarray, columns: int | None = None, scale: int | None = No
     columns = columns or math.ceil(math.sqrt(n))
     scale = scale or max(1, 48 // max(h, w))
     tiles = np.asarray(to_uint8(samples))
-    tiles = np.repeat(tiles, 3, axis=-1) if c == 1 else tiles[..., :3]
+    tiles = np.repeat(tiles, 3, axis=-1) if c == 1 else np.pad(tiles[..., :3], [(0, 0)] * 3 + [(0, max(3 - c, 0))])
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
     rows, (h, w) = math.ceil(n / columns), tiles.shape[1:3]
     out = np.full((rows * (h + MARGIN) + MARGIN, columns * (w + MARGIN) + MARGIN, 3), 255, np.uint8)
@@ -92,7 +93,8 @@ def save_film(path: str | pathlib.Path, frames: Sequence[np.ndarray], fps: int =
 
 
 def save_npz(path: str | pathlib.Path, samples: np.ndarray, labels: np.ndarray | None = None) -> None:
-    """Writes arr_0 (and arr_1, the labels), as guided-diffusion's evaluator reads them: images as uint8
-    [N, H, W, C], points as float32."""
-    arrays = [np.asarray(to_uint8(samples)) if samples.ndim == 4 else samples]
+    """Writes arr_0 (and arr_1, the labels), as guided-diffusion's evaluator reads them: images of 1 or 3 channels as
+    uint8 [N, H, W, C], latents and points as float32."""
+    picture = samples.ndim == 4 and samples.shape[-1] in (1, 3)
+    arrays = [np.asarray(to_uint8(samples) if picture else samples)]
     np.savez(_parent(path), *arrays, *([] if labels is None else [labels]))

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -11,16 +12,31 @@ def zeros_init():
     return nnx.initializers.zeros_init()
 
 
-def sinusoidal_embedding(t: jax.Array, features: int, max_period: float = 10_000.0) -> jax.Array:
+def sinusoidal_embedding(
+    t: jax.Array,
+    features: int,
+    max_period: float = 10_000.0,
+    *,
+    shift: float = 0.0,
+    sine_first: bool = False,
+) -> jax.Array:
     """[cos, sin] of t at `features/2` geometric frequencies from 1 to 1/max_period: [B] -> [B, features].
 
     Vaswani et al. 2017 with DDPM's conventions as guided-diffusion orders them (cosine first).
+
+    shift: 0 leaves 1/max_period just out; with 1, as in DDPM's own code, it is the last frequency.
     """
     half = features // 2
-    freqs = jnp.exp(-math.log(max_period) / half * jnp.arange(half, dtype=jnp.float32))
+    # With PyTorch's roundings, which published networks know: XLA's exp is 1e-6 off, and t goes to 1000.
+    exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
+    freqs = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angle = t.astype(jnp.float32)[:, None] * freqs[None]
-    out = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    return jnp.pad(out, ((0, 0), (0, features % 2)))
+    return jnp.pad(_waves(angle, sine_first), ((0, 0), (0, features % 2)))
+
+
+def _waves(angle: jax.Array, sine_first: bool) -> jax.Array:
+    waves = jnp.sin(angle), jnp.cos(angle)
+    return jnp.concatenate(waves if sine_first else waves[::-1], axis=-1)
 
 
 class FourierEmbedding(nnx.Module):
@@ -29,13 +45,19 @@ class FourierEmbedding(nnx.Module):
     The frequencies are stored with the parameters, so that they are saved, but are never trained.
     """
 
-    def __init__(self, features: int, scale: float = 16.0, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, scale: float = 16.0, *, sine_first: bool = False, rngs: nnx.Rngs):
         self.frequencies = nnx.Param(scale * jax.random.normal(rngs.params(), (features // 2,), jnp.float32))
+        self.sine_first = sine_first
 
     def __call__(self, t: jax.Array) -> jax.Array:
         w = jax.lax.stop_gradient(self.frequencies[...])
-        angle = 2 * jnp.pi * t.astype(jnp.float32)[:, None] * w[None]
-        return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        angle = t.astype(jnp.float32)[:, None] * w[None] * 2 * jnp.pi
+        return _waves(angle, self.sine_first)
+
+
+def group_count(channels: int, groups: int = 0) -> int:
+    """How many groups group_norm makes of `channels`."""
+    return math.gcd(groups or min(32, max(channels // 4, 1)), channels)
 
 
 def group_norm(channels: int, *, groups: int = 0, eps: float = 1e-5, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -44,10 +66,9 @@ def group_norm(channels: int, *, groups: int = 0, eps: float = 1e-5, rngs: nnx.R
     groups: 0 is 32, fewer where a group would have less than 4 channels (EDM's rule). In a group of one channel
         the norm takes away whatever was added to the whole channel: an added time embedding is lost.
     """
-    groups = groups or min(32, max(channels // 4, 1))
     return nnx.GroupNorm(
         channels,
-        num_groups=math.gcd(groups, channels),
+        num_groups=group_count(channels, groups),
         epsilon=eps,
         use_fast_variance=True,
         dtype=jnp.float32,
@@ -77,10 +98,15 @@ def dense(cin, cout, *, zero=False, dtype=None, rngs) -> nnx.Linear:
     return nnx.Linear(cin, cout, dtype=dtype, param_dtype=jnp.float32, rngs=rngs, **init)
 
 
-def embed_label(embed: nnx.Embed, cond: dict, batch: int) -> jax.Array:
-    """The embedding [B, E] of cond["label"]; of the null label, the table's last row, where it is missing."""
-    null = jnp.full((batch,), embed.num_embeddings - 1, jnp.int32)
-    return embed(cond.get("label", null))
+def embed_label(embed: nnx.Embed, cond: dict, batch: int, num_classes: int) -> jax.Array:
+    """The embedding [B, E] of cond["label"], or of the null label `num_classes` where it is missing.
+
+    The null label's is the table's last row; of a table without one (trained on labels alone) it is 0.
+    """
+    label = cond.get("label", jnp.full((batch,), num_classes, jnp.int32))
+    if embed.num_embeddings > num_classes:
+        return embed(label)
+    return jnp.where((label < num_classes)[:, None], embed(jnp.minimum(label, num_classes - 1)), 0.0)
 
 
 def upsample(x: jax.Array) -> jax.Array:
@@ -114,18 +140,33 @@ def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Self-attention over all positions with a residual, pre-normalised (DDPM, ADM). [B, H, W, C] -> same."""
+    """Self-attention over all positions with a residual, pre-normalised (DDPM, ADM). [B, H, W, C] -> same.
 
-    def __init__(self, channels: int, heads: int, *, groups: int = 0, eps: float = 1e-5, dtype=None, rngs: nnx.Rngs):
-        self.heads = heads
-        self.norm = group_norm(channels, groups=groups, eps=eps, rngs=rngs)
+    groups: of the norm, see group_norm; -1 is no norm.  scale: what the sum with the residual is divided by.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        groups: int = 0,
+        eps: float = 1e-5,
+        scale: float = 1.0,
+        dtype=None,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.scale = heads, scale
+        self.norm = None if groups < 0 else group_norm(channels, groups=groups, eps=eps, rngs=rngs)
         self.qkv = dense(channels, 3 * channels, dtype=dtype, rngs=rngs)
         self.out = dense(channels, channels, zero=True, dtype=dtype, rngs=rngs)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
+        y = x if self.norm is None else self.norm(x)
+        qkv = self.qkv(y.reshape(b, h * w, c))
         q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
         y = jax.nn.dot_product_attention(q, k, v)  # scaled once, softmax in float32
-        return x + self.out(y.reshape(b, h * w, c)).reshape(x.shape).astype(x.dtype)
+        x = x + self.out(y.reshape(b, h * w, c)).reshape(x.shape).astype(x.dtype)
+        return x if self.scale == 1 else x / self.scale

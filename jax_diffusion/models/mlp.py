@@ -27,13 +27,13 @@ class MLP(nnx.Module):
         self.blocks = nnx.List([Block(width, rngs=rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = layers.dense(width, out_features, zero=True, rngs=rngs)
-        self.width = width
+        self.width, self.num_classes = width, num_classes
 
     def __call__(self, x, c_noise, cond, key):
         emb = layers.sinusoidal_embedding(c_noise, self.width)
         emb = self.time2(jax.nn.silu(self.time1(emb)))
         if self.label is not None:
-            emb = emb + layers.embed_label(self.label, cond, len(c_noise))
+            emb = emb + layers.embed_label(self.label, cond, len(c_noise), self.num_classes)
         emb, h = jax.nn.silu(emb), self.stem(x)
         for block in self.blocks:
             h = block(h, emb)

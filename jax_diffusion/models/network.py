@@ -16,11 +16,17 @@ class Network(NamedTuple):
 
     x [B, ...] float32, c_noise [B] float32, cond a dict of [B, ...] arrays ("label", "image") or {}.
     key: switches dropout on and decides it; None runs the network as for sampling.
+
+    project(params) -> params: what training does to the parameters after every update (EDM2's forced weight
+        normalisation); what `init` gives is projected already. None is nothing.
+    log_variance(params, c_noise) -> [B]: the learned log of the expected loss (uncertainty.py); None is none.
     """
 
     init: Callable[[jax.Array], Any]
     apply: Callable[..., jax.Array]
     num_classes: int = 0
+    project: Callable[[Any], Any] | None = None
+    log_variance: Callable[[Any, jax.Array], jax.Array] | None = None
 
     def parameter_count(self) -> int:
         """How many numbers are learned; nothing is allocated."""
@@ -41,15 +47,30 @@ def _module_keys(tree: Any) -> Any:
     return tree
 
 
-def from_module(make: Callable[[nnx.Rngs], nnx.Module], num_classes: int = 0) -> Network:
+class _Keys:
+    """The keys that nnx.Rngs(params=key) gives, counted in Python: nnx's counter is traced, and takes time quadratic
+    in the number of parameters (half a minute for ADM's)."""
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
+def from_module(
+    make: Callable[[nnx.Rngs], nnx.Module], num_classes: int = 0, project: Callable[[Any], Any] | None = None
+) -> Network:
     """The Network of a Flax NNX module called as `module(x, c_noise, cond, key)`."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(_Keys(jax.random.key(0)))))
 
     def init(key):
-        return _string_keys(nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param)))
+        params = _string_keys(nnx.to_pure_dict(nnx.state(make(_Keys(key)), nnx.Param)))
+        return params if project is None else project(params)
 
     def apply(params, x, c_noise, cond=None, key=None):
         module = nnx.merge(graph, _module_keys(params))
         return module(x, c_noise, cond or {}, key)
 
-    return Network(init, apply, num_classes)
+    return Network(init, apply, num_classes, project)

@@ -14,151 +14,66 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_diffusion.errors import UserError, choose
+from jax_diffusion.errors import choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module
+from jax_diffusion.models.resnet import Blocks, block_maker, check_size, level_widths
 
-
-class ResBlock(nnx.Module):
-    """norm, SiLU, conv; the embedding added or as scale and shift; norm, SiLU, dropout, zero-initialised conv.
-
-    resample: "up" or "down" changes the size between the first activation and the first convolution, on both
-    branches (ADM's resblock_updown); None keeps it.
-    """
-
-    def __init__(
-        self,
-        cin: int,
-        cout: int,
-        embedding: int,
-        *,
-        dropout: float,
-        scale_shift: bool,
-        resample: str | None = None,
-        groups: int,
-        eps: float,
-        dtype,
-        rngs: nnx.Rngs,
-    ):
-        kw = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = layers.group_norm(cin, groups=groups, eps=eps, rngs=rngs)
-        self.conv1 = layers.conv(cin, cout, **kw)
-        self.embed = layers.dense(embedding, 2 * cout if scale_shift else cout, **kw)
-        self.norm2 = layers.group_norm(cout, groups=groups, eps=eps, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
-        self.conv2 = layers.conv(cout, cout, zero=True, **kw)
-        self.shortcut = layers.conv(cin, cout, 1, **kw) if cin != cout else None
-        self.scale_shift = scale_shift
-        self.resample = {"up": layers.upsample, "down": layers.downsample, None: lambda x: x}[resample]
-
-    def __call__(self, x: jax.Array, emb_BxE: jax.Array, key: jax.Array | None) -> jax.Array:
-        h = self.conv1(self.resample(jax.nn.silu(self.norm1(x))))
-        e = self.embed(jax.nn.silu(emb_BxE))[:, None, None, :].astype(jnp.float32)
-        if self.scale_shift:
-            scale, shift = jnp.split(e, 2, axis=-1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h.astype(jnp.float32) + e)
-        h = jax.nn.silu(h)
-        if key is not None:
-            h = self.dropout(h, rngs=key)
-        h = self.conv2(h)
-        x = self.resample(x)
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        return x + h.astype(x.dtype)
-
-
-class Stage(nnx.Module):
-    """A residual block and, where the level attends, attention. The unit of remat and of the skip list."""
-
-    def __init__(self, block: ResBlock, attention: layers.Attention | None):
-        self.block = block
-        self.attention = attention
-
-    def __call__(self, x, emb, key):
-        x = self.block(x, emb, key)
-        return x if self.attention is None else self.attention(x)
-
-
-class Resample(nnx.Module):
-    """DDPM's change of size: a strided convolution down, nearest neighbour and a convolution up."""
-
-    def __init__(self, channels: int, direction: str, padding: tuple[int, int], *, dtype, rngs: nnx.Rngs):
-        self.up = direction == "up"
-        kw = {"dtype": dtype, "rngs": rngs}
-        if self.up:
-            self.conv = layers.conv(channels, channels, **kw)
-        else:
-            self.conv = layers.conv(channels, channels, stride=2, padding=padding, **kw)
-
-    def __call__(self, x, emb, key):
-        return self.conv(layers.upsample(x) if self.up else x)
+TIME_EMBEDDINGS = ("sinusoidal", "fourier", "log_fourier")
+MIDDLES = ("attention", "blocks", "none")
 
 
 class UNet(nnx.Module):
-    """See `unet` for the arguments."""
+    """See `unet` for the arguments; `make` makes the blocks, `widths` are the channels of the levels."""
 
-    def __init__(self, *, rngs: nnx.Rngs, shape, out_channels, channels, multipliers, blocks, attention_levels,
-                 heads, head_channels, dropout, scale_shift, resblock_updown, downsample_padding, time_embedding,
-                 num_classes, cond_channels, patch, norm_groups, norm_eps, remat, dtype, constrain):  # fmt: skip
-        kw = {"dtype": dtype, "rngs": rngs}
-        norm = {"groups": norm_groups, "eps": norm_eps}
-        emb = 4 * channels
-
-        def stage(cin, cout, attends, resample=None):
-            block = ResBlock(cin, cout, emb, dropout=dropout, scale_shift=scale_shift, resample=resample,
-                             **norm, **kw)  # fmt: skip
-            n = cout // head_channels if head_channels else heads
-            return Stage(block, layers.Attention(cout, n, **norm, **kw) if attends else None)
-
-        def resize(width, direction):
-            if resblock_updown:
-                return stage(width, width, False, direction)
-            return Resample(width, direction, downsample_padding, **kw)
-
-        self.fourier = layers.FourierEmbedding(channels, rngs=rngs) if time_embedding == "fourier" else None
-        self.time1 = layers.dense(channels, emb, rngs=rngs)
-        self.time2 = layers.dense(emb, emb, rngs=rngs)
+    def __init__(self, *, make: Blocks, image_channels, out_channels, channels, stem_channels, widths, blocks,
+                 attention_levels, middle, middle_norm_groups, middle_scale, time_embedding, time_scale,
+                 frequency_shift, sine_first, center_input, num_classes, null_label, patch, remat,
+                 constrain):  # fmt: skip
+        kw, emb = {"rngs": make.rngs}, make.embedding
+        features = 2 * channels if time_embedding == "log_fourier" else channels
+        sinusoidal = time_embedding == "sinusoidal"
+        self.fourier = None if sinusoidal else layers.FourierEmbedding(features, sine_first=sine_first, **kw)
+        self.time1 = layers.dense(features, emb, **kw)
+        self.time2 = layers.dense(emb, emb, **kw)
         # The extra row is the null label of classifier-free guidance.
         self.label = (
-            nnx.Embed(num_classes + 1, emb, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
+            nnx.Embed(num_classes + null_label, emb, embedding_init=nnx.initializers.normal(1.0), **kw)
             if num_classes
             else None
         )
-        self.stem = layers.conv((shape[-1] + cond_channels) * patch**2, channels, **kw)
+        self.stem = layers.conv(image_channels * patch**2, stem_channels, dtype=make.dtype, **kw)
 
-        levels = list(enumerate(multipliers))
-        down, up, grow = [], [], []
-        width, skips = channels, [channels]
-        for level, multiplier in levels:
-            for _ in range(blocks):
-                down.append(stage(width, channels * multiplier, level in attention_levels))
-                width = channels * multiplier
-                skips.append(width)
-            if level < len(levels) - 1:
-                down.append(resize(width, "down"))
-                skips.append(width)
-        self.middle = nnx.List([stage(width, width, True), stage(width, width, False)])
-        for level, multiplier in reversed(levels):
+        down, skips = make.down(stem_channels, widths, blocks, attention_levels)
+        width, up, grow = skips[-1], [], []
+        groups = middle_norm_groups or make.norm_groups
+        self.middle = nnx.List(
+            make.stage(width, width, attends, attention_groups=groups, scale=middle_scale)
+            for attends in {"attention": (True, False), "blocks": (False, False), "none": ()}[middle]
+        )
+        for level in reversed(range(len(widths))):
             for _ in range(blocks + 1):
-                up.append(stage(width + skips.pop(), channels * multiplier, level in attention_levels))
-                width = channels * multiplier
+                up.append(make.stage(width + skips.pop(), widths[level], level in attention_levels))
+                width = widths[level]
             if level:
-                grow.append(resize(width, "up"))
+                grow.append(make.resize(width, "up"))
         self.down, self.up, self.grow = nnx.List(down), nnx.List(up), nnx.List(grow)
-        self.norm = layers.group_norm(width, **norm, rngs=rngs)
-        self.head = layers.conv(width, out_channels * patch**2, zero=True, rngs=rngs)
-        self.channels, self.blocks, self.patch = channels, blocks, patch
-        self.remat, self.dtype, self.constrain = remat, dtype, constrain
+        self.norm = layers.group_norm(width, groups=make.norm_groups, eps=make.norm_eps, **kw)
+        self.head = layers.conv(width, out_channels * patch**2, zero=True, **kw)
+        self.time_embedding, self.time_scale, self.channels = time_embedding, time_scale, channels
+        self.frequencies = {"shift": frequency_shift, "sine_first": sine_first}
+        self.blocks, self.patch, self.num_classes, self.center_input = blocks, patch, num_classes, center_input
+        self.remat, self.constrain = remat, constrain
 
     def embedding(self, c_noise: jax.Array, cond: dict) -> jax.Array:
         """Time and label, [B] -> [B, E] float32."""
-        sinusoidal = layers.sinusoidal_embedding
-        e = self.fourier(c_noise) if self.fourier else sinusoidal(c_noise, self.channels)
+        if self.fourier is None:
+            e = layers.sinusoidal_embedding(self.time_scale * c_noise, self.channels, **self.frequencies)
+        else:
+            e = self.fourier(jnp.log(c_noise) if self.time_embedding == "log_fourier" else c_noise)
         e = self.time2(jax.nn.silu(self.time1(e)))
         if self.label is not None:
-            e = e + layers.embed_label(self.label, cond, len(c_noise))
+            e = e + layers.embed_label(self.label, cond, len(c_noise), self.num_classes)
         return e
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
@@ -174,6 +89,8 @@ class UNet(nnx.Module):
 
         if "image" in cond:
             x = jnp.concatenate([x, cond["image"].astype(x.dtype)], axis=-1)
+        if self.center_input:
+            x = 2 * x - 1
         h = self.constrain(self.stem(layers.space_to_depth(x, self.patch)))
         skips = [h]
         for module in self.down:
@@ -187,24 +104,37 @@ class UNet(nnx.Module):
             if level_done and skips:
                 h = run(self.grow[i // (self.blocks + 1)], h)
         out = self.head(jax.nn.silu(self.norm(h))).astype(jnp.float32)
-        return layers.depth_to_space(out, self.patch)
+        out = layers.depth_to_space(out, self.patch)
+        return out / c_noise[:, None, None, None] if self.time_embedding == "log_fourier" else out
 
 
 def unet(
     shape: tuple[int, int, int],  # H, W, C of a sample
     *,
-    channels: int = 128,  # width of the first level
-    multipliers: Sequence[int] = (1, 2, 2, 2),  # width of each level in units of `channels`
+    channels: int = 128,  # the unit of width, and of the time embedding
+    multipliers: Sequence[float] = (1, 2, 2, 2),  # width of each level in units of `channels`
+    stem_channels: int = 0,  # of the first convolution; 0: `channels`
     blocks: int = 2,  # residual blocks per level (one more on the way up)
     attention_levels: Sequence[int] = (1,),  # levels that attend; 0 is full resolution
     heads: int = 1,  # attention heads, unless head_channels says their width
     head_channels: int = 0,  # channels per head; 0: use `heads`
     dropout: float = 0.0,
+    activation: str = "silu",  # of the residual blocks: silu, mish, gelu, relu
     scale_shift: bool = False,  # time embedding as scale and shift of the second norm; else added
     resblock_updown: bool = False,  # change size inside residual blocks (ADM); else by a convolution
+    resample_conv: bool = True,  # False: else by mean and nearest neighbour alone
     downsample_padding: tuple[int, int] = (0, 1),  # (0, 1) DDPM's, (1, 1) PyTorch's padding=1
-    time_embedding: str = "sinusoidal",  # or "fourier"
+    middle: str = "attention",  # between the ways; "blocks": residual blocks alone; "none"
+    middle_norm_groups: int = 0,  # of its attention; 0: norm_groups; -1: no norm
+    middle_scale: float = 1.0,  # its residual sums are divided by it
+    time_embedding: str = "sinusoidal",  # "fourier"; "log_fourier": of log c_noise, and the output divided by c_noise
+    time_scale: float = 1.0,  # what c_noise is multiplied by in a sinusoidal embedding
+    embedding_channels: int = 0,  # of the time embedding; 0: 4 `channels`
+    frequency_shift: float = 0.0,  # of the sinusoidal embedding, layers.sinusoidal_embedding; 1 in DDPM's own code
+    sine_first: bool = False,  # the embedding is [sin, cos]: DDPM's own code; else [cos, sin]
+    center_input: bool = False,  # images in [0, 1] come in: show the network 2 x - 1
     num_classes: int = 0,  # 0: unconditional
+    null_label: bool = True,  # the label table has a row for "no label"; False: no label adds nothing (ADM)
     cond_channels: int = 0,  # channels of cond["image"], concatenated to the input
     patch: int = 1,  # pixels a side that are folded into channels first (simple diffusion, section 2)
     learn_variance: bool = False,  # twice the output channels
@@ -215,45 +145,49 @@ def unet(
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see sharding.py
 ) -> Network:
     """The U-Net as a Network. Raises UserError where a size does not divide."""
-    choose("model.time_embedding", time_embedding, ("sinusoidal", "fourier"))
-    choose("model.dtype", dtype, ("float32", "bfloat16"))
+    choose("model.time_embedding", time_embedding, TIME_EMBEDDINGS)
+    choose("model.middle", middle, MIDDLES)
     height, width, image_channels = shape
-    stride = patch * 2 ** (len(multipliers) - 1)
-    if height % stride or width % stride:
-        raise UserError(
-            f"image size {height}x{width} does not divide by {stride}, which model.multipliers="
-            f"{tuple(multipliers)} and model.patch={patch} need: use multiples of {stride} (data.size) or fewer levels"
-        )
-    attending = {channels * multipliers[l] for l in attention_levels if l < len(multipliers)}
-    for c in attending | {channels * multipliers[-1]}:
-        if c % (head_channels or heads):
-            raise UserError(
-                f"model.{'head_channels' if head_channels else 'heads'}={head_channels or heads} "
-                f"does not divide the {c} channels of an attending level"
-            )
+    check_size(height, width, multipliers, patch)
+    widths = level_widths(channels, multipliers)
+    attending = [widths[l] for l in attention_levels if l < len(widths)]
+    blocks_of = block_maker(
+        attending=attending + [widths[-1]] * (middle == "attention"),
+        embedding=embedding_channels or 4 * channels,
+        heads=heads,
+        head_channels=head_channels,
+        dropout=dropout,
+        scale_shift=scale_shift,
+        activation=activation,
+        resblock_updown=resblock_updown,
+        resample_conv=resample_conv,
+        downsample_padding=tuple(downsample_padding),
+        norm_groups=norm_groups,
+        norm_eps=norm_eps,
+        dtype=dtype,
+    )
     return from_module(
         lambda rngs: UNet(
-            rngs=rngs,
-            shape=tuple(shape),
+            make=blocks_of(rngs),
+            image_channels=image_channels + cond_channels,
             out_channels=image_channels * (2 if learn_variance else 1),
             channels=channels,
-            multipliers=tuple(multipliers),
+            stem_channels=stem_channels or channels,
+            widths=widths,
             blocks=blocks,
             attention_levels=tuple(attention_levels),
-            heads=heads,
-            head_channels=head_channels,
-            dropout=dropout,
-            scale_shift=scale_shift,
-            resblock_updown=resblock_updown,
-            downsample_padding=tuple(downsample_padding),
+            middle=middle,
+            middle_norm_groups=middle_norm_groups,
+            middle_scale=middle_scale,
             time_embedding=time_embedding,
+            time_scale=time_scale,
+            frequency_shift=frequency_shift,
+            sine_first=sine_first,
+            center_input=center_input,
             num_classes=num_classes,
-            cond_channels=cond_channels,
+            null_label=null_label,
             patch=patch,
-            norm_groups=norm_groups,
-            norm_eps=norm_eps,
             remat=remat,
-            dtype=jnp.dtype(dtype),
             constrain=constrain,
         ),
         num_classes,

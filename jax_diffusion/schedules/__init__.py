@@ -20,12 +20,21 @@ NumPy in, float64 NumPy out (solver tables); JAX in, float32 JAX out (training).
 is conditioned on: integers 0..T-1 for discrete models, [0, 1] for continuous ones, sigma itself for EDM.
 """
 
-import jax
+from collections.abc import Sequence
 
-from jax_diffusion.errors import check_options, choose
+import jax
+import numpy as np
+
+from jax_diffusion.errors import UserError, check_options, choose
 from jax_diffusion.schedules.base import Schedule, Shifted, alpha_sigma_from_log_snr
 from jax_diffusion.schedules.continuous import EDM, VE, Cosine, Flow, LinearLogSNR, VPLinear
-from jax_diffusion.schedules.discrete import BETAS, Discrete, betas, rescale_to_zero_terminal_snr
+from jax_diffusion.schedules.discrete import (
+    BETAS,
+    Discrete,
+    betas,
+    rescale_to_zero_terminal_snr,
+    sigmoid_alpha_bar,
+)
 from jax_diffusion.schedules.learned import Learned
 
 __all__ = [
@@ -55,8 +64,24 @@ def _discrete(name: str):
     return build
 
 
+def _sigmoid_alpha_bar(steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Discrete:
+    return Discrete(sigmoid_alpha_bar(int(steps), start, end, tau))
+
+
+def _explicit(values: Sequence[float] = ()) -> Discrete:
+    """A table of betas, one a step: trained_betas of diffusers, the buffers of a checkpoint."""
+    try:
+        return Discrete(np.asarray(values, np.float64))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError("schedule.values should be a list of numbers, the beta of each step") from None
+
+
 SCHEDULES = {
     **{name: _discrete(name) for name in BETAS},
+    "sigmoid_alpha_bar": _sigmoid_alpha_bar,
+    "betas": _explicit,
     "vp": VPLinear,
     "subvp": lambda **kw: VPLinear(scaling="subvp", **kw),
     "ve": VE,

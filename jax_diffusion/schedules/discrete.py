@@ -40,6 +40,13 @@ def _cosine_betas(steps: int, start: float, end: float) -> np.ndarray:
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
+def sigmoid_alpha_bar(steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> np.ndarray:
+    """Betas, capped at 0.999, of an alpha_bar that falls from 1 to 0 as a sigmoid of [start, end] / tau
+    (Jabri et al. 2022, "Scalable adaptive computation for iterative generation", figure 8), float64 [steps]."""
+    alpha_bar = expit(-np.linspace(start, end, steps + 1) / tau) - expit(-end / tau)
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
 BETAS = {
     "linear": lambda n, a, b: np.linspace(a, b, n, dtype=np.float64),
     "scaled_linear": lambda n, a, b: np.linspace(a**0.5, b**0.5, n, dtype=np.float64) ** 2,

@@ -3,6 +3,8 @@
     leading      t = 0, T/N, 2T/N, ...  (DDIM's own; diffusers "leading")
     trailing     t = T-1, T-1-T/N, ...  (Lin et al. 2023, table 2)
     linspace     N points from T-1 to 0 (diffusers "linspace")
+    linspace_open, leading_open   N+1 points of linspace or leading, less the last (diffusers' multistep schedulers)
+    linspace_real  linspace without rounding (diffusers' Euler, Heun, LMS and DPM2)
     uniform      N+1 points from t_max to t_min, less the last
     quadratic    t_min + (t_max - t_min) (i/N)^2, i = N..1 (Song, Meng & Ermon 2021, app. D.2)
     beta         t_min + (t_max - t_min) F(i/N), F the Beta distribution's quantile (Lee et al. 2024)
@@ -11,8 +13,8 @@
     exponential  log sigma uniform: the same points as log_snr, since log SNR = -2 log(sigma / alpha)
     ays_sd, ays_sdxl, ays_svd   published noise levels (Sabour et al. 2024; solvers/ays.py)
 
-and explicit times or noise levels. On discrete schedules the first three give integers (the third rounded), the
-others times between them, at which a network is evaluated as it is: the noise is then exactly what was asked for.
+and explicit times or noise levels. On discrete schedules the first four lines give integers (rounded), the others times
+between them, at which a network is evaluated as it is: the noise is then exactly what was asked for.
 All end at sigma = 0 unless final="min" asks for the schedule's least noisy point (DDIM's set_alpha_to_one=False).
 """
 
@@ -27,7 +29,7 @@ from jax_diffusion.schedules import Schedule
 from jax_diffusion.solvers import ays
 from jax_diffusion.solvers.table import Grid
 
-OF_INTEGERS = ("leading", "trailing", "linspace")
+OF_INTEGERS = ("leading", "trailing", "linspace", "linspace_open", "leading_open", "linspace_real")
 OF_TIME = ("uniform", "quadratic", "beta")
 OF_NOISE = ("karras", "log_snr", "exponential")
 SPACINGS = (*OF_INTEGERS, *OF_TIME, *OF_NOISE, *ays.NOISE)
@@ -79,14 +81,19 @@ def _integers(schedule: Schedule, steps: int, spacing: str, offset: int) -> np.n
         raise UserError(f"grid={spacing!r} needs a discrete schedule: choose one of {others}")
     if steps > total:
         raise UserError(f"steps={steps} is more than the schedule's {total}: give at most {total}")
-    if spacing == "leading":
-        last = (steps - 1) * (total // steps)
+    if spacing in ("leading", "leading_open"):
+        skipped = int(spacing == "leading_open")
+        stride = total // (steps + skipped)
+        last = (steps - 1 + skipped) * stride
         if not 0 <= last + offset < total:
             raise UserError(f"offset={offset} leaves the schedule: with steps={steps} use 0 to {total - 1 - last}")
-        return np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + offset
+        return (np.arange(steps, dtype=np.float64)[::-1] + skipped) * stride + offset
     if spacing == "trailing":
         return np.round(np.arange(total, 0, -total / steps))[:steps] - 1.0
-    return np.round(np.linspace(0, total - 1, steps))[::-1].astype(np.float64)
+    if spacing == "linspace_open":
+        return np.round(np.linspace(0, total - 1, steps + 1))[:0:-1].astype(np.float64)
+    points = np.linspace(0, total - 1, steps)[::-1]
+    return points if spacing == "linspace_real" else np.round(points)
 
 
 def _noise_range(schedule: Schedule, least: float | None, most: float | None) -> tuple[float, float]:

@@ -26,6 +26,8 @@ def _folder(workdir: str | pathlib.Path) -> pathlib.Path:
 
 def _items(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "opt_state": state.opt_state, "timesteps": state.timesteps}
+    if state.averages:  # checkpoints of runs without them have no such leaves
+        rest["averages"] = state.averages
     return {"params": state.params, "ema": state.ema, "rest": rest}
 
 
@@ -35,7 +37,7 @@ def _crc(tree: Any) -> dict[str, int]:
     return {
         path_name(path): zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).data)
         for path, leaf in leaves
-        if leaf.is_fully_addressable
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
     }
 
 
@@ -48,13 +50,20 @@ def _check(tree: Any, saved: dict[str, int], item: str, step: int) -> None:
             )
 
 
+def only_weights(workdir: str | pathlib.Path) -> bool:
+    """Whether all that a workdir holds is weights from elsewhere, with nothing trained on them yet."""
+    steps = [path for path in _folder(workdir).glob("*") if path.name.isdigit()]
+    return bool(steps) and not any((path / "rest").is_dir() for path in steps)
+
+
 class Checkpointer:
     """Saves and restores TrainStates under workdir/checkpoints. A context manager: leaving it waits."""
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
         best = policies.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False)
+        self.folder = _folder(workdir)
         self.manager = ocp.CheckpointManager(
-            _folder(workdir),
+            self.folder,
             item_names=(*ITEMS, "meta"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), best]),
@@ -83,6 +92,22 @@ class Checkpointer:
         if not saved:
             raise RuntimeError(f"orbax refused to save step {step}")
 
+    def save_weights(self, params: Any, ema: Any = None, step: int = 0) -> None:
+        """Saves weights that no run of ours has trained (yet); without `ema` they are their own average."""
+        items = {"params": params} | ({} if ema is None else {"ema": ema})
+        meta = {"step": step, "crc": {name: _crc(tree) for name, tree in items.items()}}
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+        self.wait()
+
+    def holds_weights_alone(self, step: int) -> bool:
+        """Whether checkpoint `step` was made by save_weights: a start, with no optimizer state."""
+        return not (self.folder / str(step) / "rest").is_dir()
+
+    def restore_weights(self, abstract: Any, step: int, *, ema: bool = True) -> Any:
+        """The averaged weights of a step, or the raw ones, in the shardings that `abstract` carries."""
+        return _weights(self.manager, self.folder, step, abstract, ema)
+
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
         """The state of a step (None: the newest) in the shardings that `abstract` carries."""
         step = self.latest() if step is None else step
@@ -95,7 +120,8 @@ class Checkpointer:
         for name in ITEMS:
             _check(out[name], out["meta"]["crc"][name], name, step)
         rest = out["rest"]
-        return TrainState(rest["step"], out["params"], rest["opt_state"], out["ema"], rest["timesteps"])
+        averages = tuple(rest.get("averages", ()))
+        return TrainState(rest["step"], out["params"], rest["opt_state"], out["ema"], rest["timesteps"], averages)
 
     def wait(self) -> None:
         self.manager.wait_until_finished()
@@ -108,9 +134,17 @@ class Checkpointer:
         self.manager.close()
 
 
+def _weights(manager: ocp.CheckpointManager, folder: pathlib.Path, step: int, abstract: Any, ema: bool) -> Any:
+    """The average or the raw weights; weights that came without an average are their own."""
+    item = "ema" if ema and (folder / str(step) / "ema").is_dir() else "params"
+    args = {item: ocp.args.StandardRestore(abstract), "meta": ocp.args.JsonRestore()}
+    out = manager.restore(step, args=ocp.args.Composite(**args))
+    _check(out[item], out["meta"]["crc"][item], item, step)
+    return out[item]
+
+
 def restore_weights(workdir, abstract: Any, *, step: int | None = None, ema: bool = True) -> tuple[Any, int]:
     """The EMA (or raw) weights of a checkpoint and its step. UserError where there is none."""
-    item = "ema" if ema else "params"
     folder = _folder(workdir)
     steps = []
     if folder.is_dir():
@@ -125,8 +159,6 @@ def restore_weights(workdir, abstract: Any, *, step: int | None = None, ema: boo
     if step is not None and step not in steps:
         raise UserError(f"--checkpoint={step} is not in {workdir}: there are {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
-    args = {item: ocp.args.StandardRestore(abstract), "meta": ocp.args.JsonRestore()}
-    out = manager.restore(step, args=ocp.args.Composite(**args))
-    _check(out[item], out["meta"]["crc"][item], item, step)
+    weights = _weights(manager, folder, step, abstract, ema)
     manager.close()
-    return out[item], step
+    return weights, step

@@ -4,6 +4,7 @@ The run is a function of (config, step): data order, times, noise and dropout at
 resumed run repeats the uninterrupted one bit for bit.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax
 from jax_diffusion import config as configs
 from jax_diffusion import experiment, sharding
 from jax_diffusion.data import Batches
-from jax_diffusion.train import checkpoint, setup, state, step
+from jax_diffusion.train import checkpoint, flops, posthoc, setup, state, step
 from jax_diffusion.train.interrupt import Interrupt
 from jax_diffusion.train.observe import Artist, Validator
 from jax_diffusion.train.report import Meter, count, duration
@@ -38,8 +39,17 @@ def due(every: int, before: int, now: int) -> bool:
 def _start(s: setup.Setup, checkpoints: checkpoint.Checkpointer, log):
     """The state to start from and its shardings: made in its shards, or restored into them."""
     key = jax.random.fold_in(jax.random.key(s.config.seed), 0)
-    if checkpoints.latest() is None:
+    newest = checkpoints.latest()
+    if newest is None:
         return state.create(s.init, key, s.mesh, s.config.mesh.rules)
+    if checkpoints.holds_weights_alone(newest):
+        fresh, shardings = state.create(s.init, key, s.mesh, s.config.mesh.rules)
+        wanted = sharding.abstract(fresh.params, shardings.params)
+        params, ema = (checkpoints.restore_weights(wanted, newest, ema=ema) for ema in (False, True))
+        if s.parts.network.project is not None:
+            params = jax.jit(s.parts.network.project, out_shardings=shardings.params)(params)
+        log(f"starting from the weights in {s.workdir}")
+        return dataclasses.replace(fresh, params=params, ema=ema), shardings
     shapes = jax.eval_shape(s.init, key)
     shardings = sharding.tree_shardings(s.mesh, shapes, s.config.mesh.rules)
     restored = checkpoints.restore(sharding.abstract(shapes, shardings))
@@ -62,6 +72,7 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
         accumulate=t.accumulate,
         ema_decay=s.config.ema.decay,
         ema_warmup=s.config.ema.warmup,
+        ema_profiles=s.config.ema.profiles,
     )
     abstract_state = sharding.abstract(train_state, shardings)
     stacked = t.steps_per_dispatch > 1
@@ -78,12 +89,10 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
             if stacked:
                 batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((k, *a.shape), a.dtype), batch)
             run = step.several(train_step) if stacked else train_step
-            lowered = step.compile_step(run, shardings, s.mesh, leading=int(stacked)).lower(abstract_state, batch)
-            # The cost analysis counts the body of a loop once: of the steps in a dispatch one, as wanted,
-            # but also one of the microbatches.
-            flops = (lowered.cost_analysis() or {}).get("flops", 0.0) * t.accumulate
-            cache[k] = lowered.compile(), flops
-            log(f"compiled in {time.perf_counter() - started:.1f} s, {count(flops / t.batch_size, 'FLOP')} an image")
+            traced = step.compile_step(run, shardings, s.mesh, leading=int(stacked)).trace(abstract_state, batch)
+            work = flops.count(traced.jaxpr) / k
+            cache[k] = traced.lower().compile(), work
+            log(f"compiled in {time.perf_counter() - started:.1f} s, {count(work / t.batch_size, 'FLOP')} an image")
         return cache[k]
 
     return compiled
@@ -123,8 +132,8 @@ def train(
                 s.source, t.batch_size, s.config.seed, now,
                 steps_per_dispatch=t.steps_per_dispatch, sharding=place, stop_step=end,
             )  # fmt: skip
-            _, flops = compiled(min(t.steps_per_dispatch, end - now))
-            meter = Meter(t.steps, t.batch_size, flops)
+            _, work = compiled(min(t.steps_per_dispatch, end - now))
+            meter = Meter(t.steps, t.batch_size, work)
 
             def record(records):
                 for r in records:
@@ -142,7 +151,8 @@ def train(
                     evaluates = validate and (due(t.eval_every, before, now) or now == t.steps)
                     draws = due(t.sample_every, before, now) or (t.sample_every and now == t.steps)
                     saves = due(t.checkpoint_every, before, now) or last
-                    pauses = evaluates or draws or saves
+                    keeps = s.config.ema.profiles and (due(s.config.ema.snapshot_every, before, now) or now == t.steps)
+                    pauses = evaluates or draws or saves or keeps
                     if due(t.log_every, before, now) or pauses:
                         close = meter.flush if pauses else meter.roll
                         record(close(now, input_wait=batches.wait_share))
@@ -153,6 +163,8 @@ def train(
                             log(f"step {now:,}: validation loss {val_loss:.4f} (EMA weights, held-out data)")
                         if draws:
                             draw(now, train_state.ema)
+                        if keeps:
+                            posthoc.save_snapshots(workdir, now, train_state.averages, s.config.ema)
                         if saves:
                             checkpoints.save(train_state, val_loss if evaluates else None)
                         meter.restart_clock()

@@ -5,30 +5,34 @@ import jax.numpy as jnp
 import optax
 
 from jax_diffusion.errors import UserError, choose
+from jax_diffusion.sharding import STACKED, path_name
 
 LEARNING_RATES = ("constant", "cosine", "one_cycle", "inverse_sqrt")
 
 
-def learning_rate(name: str, peak: float, warmup: int, steps: int) -> optax.Schedule:
+def learning_rate(name: str, peak: float, warmup: int, steps: int, hold: int = 0) -> optax.Schedule:
     """step -> learning rate.
 
     constant      linear warm-up to `peak`, then `peak`
     cosine        linear warm-up, then a half cosine to 0 at `steps`
     one_cycle     optax's cosine one-cycle over `steps`, its rising part `warmup` long
-    inverse_sqrt  linear warm-up, then peak sqrt(warmup / step) (Vaswani et al. 2017; EDM2)
+    inverse_sqrt  linear warm-up, `peak` until step `hold`, then peak sqrt(hold / step) (EDM2, eq. 67); without
+                  `hold` it falls from the end of the warm-up (Vaswani et al. 2017)
     """
     choose("optim.schedule", name, LEARNING_RATES)
     if warmup < 0 or (name in ("cosine", "one_cycle") and warmup >= steps):
         raise UserError(f"optim.warmup={warmup} does not fit train.steps={steps}: use 0 <= warmup < steps")
+    if hold and (name != "inverse_sqrt" or hold < warmup):
+        raise UserError(f"optim.hold={hold} needs optim.schedule=inverse_sqrt and at least the optim.warmup={warmup}")
     if name == "one_cycle":
         # Half a step more, since optax truncates: 30 / 110 of 110 would be 29.
         return optax.cosine_onecycle_schedule(steps, peak, pct_start=(max(warmup, 1) + 0.5) / steps)
     if name == "cosine":
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     elif name == "inverse_sqrt":
-        start = max(warmup, 1)
-        # optax evaluates every part at every step: before the warm-up ends, n is negative.
-        after = lambda n: peak * jnp.sqrt(start / (jnp.maximum(n, 0) + start))  # noqa: E731
+        start = hold or max(warmup, 1)
+        # n counts from the end of the warm-up.
+        after = lambda n: peak * jnp.sqrt(start / jnp.maximum(n + warmup, start))  # noqa: E731
     else:
         after = optax.constant_schedule(peak)
     if not warmup:
@@ -39,13 +43,17 @@ def learning_rate(name: str, peak: float, warmup: int, steps: int) -> optax.Sche
 
 
 def _decayed(params):
-    """Matrices and kernels decay; biases, norms and fixed frequencies do not."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+    """Matrices and kernels decay; biases, norms and fixed frequencies do not. Of a scan's layers, each by itself."""
+
+    def matrix(path, p):
+        return p.ndim - bool(STACKED.search(path_name(path))) >= 2
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def make(config, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a config.optim and its learning-rate schedule."""
-    rate = learning_rate(config.schedule, config.learning_rate, config.warmup, steps)
+    rate = learning_rate(config.schedule, config.learning_rate, config.warmup, steps, config.hold)
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     adamw = optax.adamw(
         rate,

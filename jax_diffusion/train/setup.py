@@ -11,11 +11,11 @@ import optax
 from jax_diffusion import config as configs
 from jax_diffusion import data, experiment, sharding
 from jax_diffusion.errors import UserError
-from jax_diffusion.train import optim, state
+from jax_diffusion.train import checkpoint, optim, posthoc, state
 
 # What a resumed run may not change: the same step would mean something else.
-FIXED = ("seed", "condition.", "process.", "model.", "data.", "optim.", "ema.", "train.batch_size",
-         "train.label_dropout")  # fmt: skip
+FIXED = ("seed", "condition.", "process.", "model.", "data.", "optim.", "ema.decay", "ema.warmup",
+         "ema.profiles", "train.batch_size", "train.label_dropout")  # fmt: skip
 
 
 class Setup(NamedTuple):
@@ -44,8 +44,8 @@ def settle_config(config: configs.ConfigDict | None, workdir: pathlib.Path) -> c
             )
         return config
     old = configs.from_json(saved.read_text())
-    if config is None:
-        return old
+    if config is None or checkpoint.only_weights(workdir):  # nothing was trained here yet: all may still be chosen
+        return config or old
     bad = [line for line in configs.differences(old, config) if line.startswith(FIXED)]
     if bad:
         raise UserError(
@@ -68,11 +68,34 @@ def prepare(config: configs.ConfigDict, workdir: pathlib.Path) -> Setup:
     source = data.load(config.data, "train")
     held_out = data.load(config.data, "eval") if t.eval_every else None
     names = source.class_names if config.data.labels and source.num_classes else ()
+    _check_imported(workdir, source.shape, names)
     parts = experiment.build(config, source.shape, len(names), sharding.activation_constraint(mesh))
     experiment.default_table(config, parts.process)  # a wrong solver is said now, not at the first samples
 
-    init = state.make_init(parts.network, optimizer, parts.times, parts.process)
+    posthoc.check(config.ema)
+    init = state.make_init(parts.network, optimizer, parts.times, parts.process, len(config.ema.profiles))
     return Setup(config, workdir, mesh, source, held_out, source.shape, names, parts, optimizer, learning_rate, init)
+
+
+def _check_imported(workdir: pathlib.Path, shape: tuple[int, ...], names: tuple[str, ...]) -> None:
+    """Raises UserError unless the data is of the kind that the weights to start from were made for."""
+    facts = read_facts(workdir)
+    if "imported" not in facts or not checkpoint.only_weights(workdir):
+        return
+    if tuple(shape) != tuple(facts["shape"]) or len(names) != len(facts["class_names"]):
+        raise UserError(
+            f"--workdir={workdir} holds a network for {'x'.join(map(str, facts['shape']))} and "
+            f"{len(facts['class_names'])} classes, and the data is {'x'.join(map(str, shape))} with {len(names)}: set "
+            "--config.data.size, --config.data.channels or --config.data.labels, or use other data"
+        )
+
+
+def read_facts(workdir: pathlib.Path) -> dict[str, Any]:
+    """dataset.json, {} where there is none yet."""
+    try:
+        return json.loads((workdir / "dataset.json").read_text())
+    except FileNotFoundError:
+        return {}
 
 
 def describe(s: Setup) -> str:
@@ -80,6 +103,8 @@ def describe(s: Setup) -> str:
     devices = jax.devices()
     skipped = f", {len(s.source.skipped)} corrupt files skipped" if s.source.skipped else ""
     what = "images" if len(s.shape) == 3 else "points"
+    if len(s.shape) == 3 and s.shape[-1] not in (1, 3):
+        what = "latents (pictures of them show three channels)"
     return (
         f"{s.source.name}: {len(s.source):,} {what} of {'x'.join(map(str, s.shape))}, "
         f"{len(s.class_names) or 'no'} classes{skipped} | {s.config.model.name}, "
@@ -97,8 +122,15 @@ def write_facts(s: Setup) -> None:
             "train_examples": len(s.source),
             "skipped": list(s.source.skipped),
         }
-        _write_whole(s.workdir / "dataset.json", json.dumps(facts, indent=2) + "\n")
-        _write_whole(s.workdir / "config.json", configs.to_json(s.config))
+        imported = read_facts(s.workdir).get("imported")
+        facts |= {} if imported is None else {"imported": imported}
+        save_facts(s.workdir, s.config, facts)
+
+
+def save_facts(workdir: pathlib.Path, config: configs.ConfigDict, facts: dict[str, Any]) -> None:
+    """config.json, and dataset.json with at least "shape" and "class_names"."""
+    _write_whole(workdir / "dataset.json", json.dumps(facts, indent=2) + "\n")
+    _write_whole(workdir / "config.json", configs.to_json(config))
 
 
 def _write_whole(path: pathlib.Path, text: str) -> None:

@@ -15,17 +15,19 @@ from jax_diffusion.process import Gaussian
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 []; params, ema: the network's dict; opt_state: optax's; timesteps: the time sampler's."""
+    """step: int32 []; params, ema: the network's dict; opt_state: optax's; timesteps: the time sampler's; averages:
+    a dict like params for each power-function profile."""
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
     timesteps: Any
+    averages: tuple = ()
 
 
-def make_init(network: Network, optimizer: optax.GradientTransformation, times, process: Gaussian):
-    """`init(key) -> TrainState`. The EMA starts at the parameters."""
+def make_init(network: Network, optimizer: optax.GradientTransformation, times, process: Gaussian, profiles: int = 0):
+    """`init(key) -> TrainState`. The EMA and the `profiles` further averages start at the parameters."""
 
     def init(key: jax.Array) -> TrainState:
         params = network.init(key)
@@ -36,6 +38,7 @@ def make_init(network: Network, optimizer: optax.GradientTransformation, times, 
             # A copy: donating the state may not hand the same buffer over twice.
             ema=jax.tree.map(jnp.copy, params),
             timesteps=times.init(process.schedule),
+            averages=tuple(jax.tree.map(jnp.copy, params) for _ in range(profiles)),
         )
 
     return init

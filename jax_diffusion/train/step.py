@@ -1,6 +1,10 @@
 """The training step: a pure function (state, batch) -> (state, metrics), compiled once.
 
-    t, w ~ times;  x_t, target = q_sample(x_0, t);  L = mean w |F(x_t, t, c) - target|^2;  AdamW;  EMA.
+    t, w ~ times;  x_t, target = q_sample(x_0, t);  L = mean w |F(x_t, t, c) - target|^2;  AdamW;  EMA;  projection.
+
+A network with a log-variance u is trained on mean w (L / exp(u) + u) (models/uncertainty.py); the loss that is
+reported stays L. A network with a projection (EDM2's forced weight normalisation) has it applied last, which is before
+the next step's forward pass, where the original does it; the averages are of the weights before it, as there.
 
 All randomness comes from fold_in(root, step), so step n of a run is the same however it was reached.
 """
@@ -53,6 +57,11 @@ def losses_of(network: Network, process: Gaussian, params, x_t, target, t, cond,
     return process.loss(network.apply(params, inputs, c_noise, cond, key=key), target, x_t, t)
 
 
+def noise_level(process: Gaussian, t: jax.Array) -> jax.Array:
+    """log(sigma / alpha) / 4 of any process's times, EDM's c_noise: what a network's log_variance is a function of."""
+    return jnp.clip(-process.schedule.log_snr(t) / 8, -5.0, 5.0)
+
+
 def make_train_step(
     network: Network,
     process: Gaussian,
@@ -66,13 +75,18 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float = 0.9999,
     ema_warmup: bool = True,
+    ema_profiles: tuple[float, ...] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """One optimizer step. Times and noise are drawn for the whole batch before it is cut into `accumulate`
     microbatches, so accumulation changes the memory and not the mathematics."""
+    gammas = tuple(map(ema_lib.gamma_of, ema_profiles))
 
     def loss_fn(params, x_t, target, t, weight, cond, key):
         losses = losses_of(network, process, params, x_t, target, t, cond, key)
-        return jnp.mean(weight * losses), losses
+        if network.log_variance is None:
+            return jnp.mean(weight * losses), losses
+        u = network.log_variance(params, noise_level(process, t))
+        return jnp.mean(weight * (losses / jnp.exp(u) + u)), losses
 
     def step(state: TrainState, batch: Batch):
         # The stream starts at the seed; init uses the seed's own key, hence the fold by step + 1.
@@ -105,16 +119,20 @@ def make_train_step(
             losses = losses.swapaxes(0, 1).reshape(n)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updated = optax.apply_updates(state.params, updates)
         decay = ema_lib.decay_at(state.step, ema_decay, ema_warmup)
         new = TrainState(
             step=state.step + 1,
-            params=params,
+            params=updated if network.project is None else network.project(updated),
             opt_state=opt_state,
-            ema=ema_lib.update(state.ema, params, decay),
+            ema=ema_lib.update(state.ema, updated, decay),
             timesteps=times.update(state.timesteps, t, losses, process.schedule),
+            averages=ema_lib.update_powers(state.averages, updated, state.step, gammas),
         )
-        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if network.log_variance is not None:
+            metrics |= {"loss": jnp.mean(weight * losses), "objective": loss}
+        return new, metrics
 
     return step
 

@@ -37,7 +37,7 @@ MISTAKES = [
     ([*TRAIN, "--config.process.weighting=min_srn"], ["'min_srn'", "did you mean 'min_snr'?"]),
     ([*TRAIN, "--config.process.timesteps=unifrom"], ["'unifrom'", "did you mean 'uniform'?"]),
     ([*TRAIN, "--config.sampling.solver=dimm"], ["'dimm'", "did you mean 'ddim'?"]),
-    (["train", "--workdir={run}", "--config.seed=1"], ["--config.seed=1", "--config=RECIPE"]),
+    (["train", "--workdir={run}", "--config.seed=1"], ["seed: 0 -> 1", "another config", "another workdir"]),
     (
         ["train", "--workdir={run}", "--config=digits"],
         ["--workdir={run}", "model.channels: 16 -> 32", "another workdir"],

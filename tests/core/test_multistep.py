@@ -159,7 +159,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(schedules.SCHEDULES) - {"learned"}))
+@pytest.mark.parametrize("name", sorted(set(schedules.SCHEDULES) - {"learned", "betas"}))
 @pytest.mark.parametrize("solver", list(OPTIONS))
 def test_options_leave_tables_finite(solver, name):
     """test_solvers.py says the same of every solver's defaults, and on the learned schedule."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import integrate
 
+from jax_diffusion import config as configs
 from jax_diffusion import schedules
 from jax_diffusion.errors import UserError
 from jax_diffusion.schedules import EDM, VE, Discrete, Flow, Learned, Shifted, VPLinear, betas
@@ -48,6 +49,35 @@ def test_betas_are_those_of_diffusers(name, a, b):
     # The peer computes in float32: a few roundings a beta, and a thousand of them in the product.
     np.testing.assert_allclose(ours.betas, peer.betas.numpy(), rtol=2e-6)
     np.testing.assert_allclose(ours.alpha_bar, peer.alphas_cumprod.numpy(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("T", [10, 1000])
+def test_sigmoid_alpha_bar_is_the_published_one(T):
+    """gamma(t) of Chen 2023 ("On the importance of noise scheduling", section 2.2), one number at a time."""
+
+    def gamma(i):
+        a, b, end = (1 / (1 + np.exp(-u)) for u in (-3.0, -3.0 + 6.0 * i / T, 3.0))
+        return (end - b) / (end - a)
+
+    ours = schedules.make("sigmoid_alpha_bar", steps=T).alpha_bar
+    np.testing.assert_allclose(ours[:-1], [gamma(i) for i in range(1, T)], rtol=1e-9)
+    assert ours[-1] == pytest.approx(ours[-2] * 0.001, rel=1e-9)  # the last beta is capped
+
+
+def test_explicit_betas_are_a_schedule_of_a_config():
+    values = tuple(betas("cosine", 5))
+    config = configs.default()
+    config.process.schedule = configs.named("betas", values=values)
+    saved = configs.from_json(configs.to_json(config)).process.schedule
+    assert saved["values"] == values and isinstance(saved["values"], tuple)
+    made = schedules.make(saved.name, **configs.options(saved))
+    assert isinstance(made, Discrete) and np.array_equal(made.betas, betas("cosine", 5))
+
+
+@pytest.mark.parametrize("values", [(), (0.1,), (0.1, "x"), (0.1, (0.2, 0.3)), (0.1, 1.5), (0.1, np.nan), 7, {"a": 1}])
+def test_explicit_betas_that_are_none_are_refused(values):
+    with pytest.raises(UserError, match="schedule"):
+        schedules.make("betas", values=values)
 
 
 @pytest.mark.parametrize("T", [10, 1000, 4000])

@@ -10,7 +10,7 @@ from jax_diffusion.schedules import SCHEDULES
 from jax_diffusion.solvers import grids, sample
 from jax_diffusion.solvers.table import rows
 
-NAMES = sorted(SCHEDULES)
+NAMES = sorted(set(SCHEDULES) - {"betas"})  # which has no default
 
 
 def inner_times(schedule, n=9):

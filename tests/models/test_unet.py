@@ -1,12 +1,17 @@
 """What the networks promise whatever their weights."""
 
+import inspect
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_diffusion import config as configs
 from jax_diffusion import models
 from jax_diffusion.errors import UserError
+from jax_diffusion.models.encoder import POOLS, encoder
 
 SMALL = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention_levels": (1,), "heads": 2}
 
@@ -188,6 +193,9 @@ def test_an_image_as_condition_is_seen():
         ((8, 8, 3), {"dtype": "float61"}, ["model.dtype='float61'", "bfloat16"]),
         ((8, 8, 3), {"time_embedding": "furrier"}, ["'furrier'", "did you mean 'fourier'?"]),
         ((8, 8, 3), {"head": 5}, ["'head'", "did you mean 'heads'?"]),
+        ((8, 8, 3), {"multipliers": (0.3, 1)}, ["0.3 times model.channels=16"]),
+        ((8, 8, 3), {"activation": "sillu"}, ["'sillu'", "did you mean 'silu'?"]),
+        ((8, 8, 3), {"middle": "nothing"}, ["model.middle='nothing'", "none"]),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(shape, options, words):
@@ -195,6 +203,34 @@ def test_what_does_not_fit_is_said_in_one_line(shape, options, words):
         unet(shape, **options)
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_the_config_has_every_option():
+    """And the default of each; what a config from before an option says of it is the same."""
+    parameters = inspect.signature(models.unet).parameters.values()
+    made = {"num_classes", "learn_variance", "constrain"}  # from other groups and the data
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in made}
+    config = configs.default()
+    assert {k: v for k, v in config.model.items() if k not in ("name", "uncertainty")} == defaults
+    old = config.to_dict()
+    for name in ("activation", "middle", "middle_scale", "resample_conv", "stem_channels", "frequency_shift"):
+        del old["model"][name]
+    assert configs.differences(configs.from_json(json.dumps(old)), config) == []
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_classifier_gives_logits(pool):
+    network = encoder((8, 16, 3), num_classes=7, pool=pool, channels=16, multipliers=(1, 2), attention_levels=(1,),
+                      head_channels=8, dtype="bfloat16", remat=True, dropout=0.1)  # fmt: skip
+    params, (x, t) = jax.eval_shape(network.init, jax.random.key(0)), inputs((8, 16, 3))
+    out = jax.eval_shape(network.apply, params, x, t, {}, key=jax.random.key(0))
+    assert out.shape == (4, 7) and out.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_an_unknown_pool():
+    with pytest.raises(UserError, match="did you mean 'spatial'"):
+        encoder((8, 8, 3), num_classes=7, pool="spacial")
 
 
 def test_an_unknown_network_is_named_with_its_neighbour():

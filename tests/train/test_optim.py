@@ -117,3 +117,18 @@ def test_the_average_follows_its_recursion():
         expected = decay * expected + (1 - decay) * p
         average = ema.update(average, {"w": jnp.asarray(p, jnp.float32)}, ema.decay_at(jnp.int32(n), 0.9))
     np.testing.assert_allclose(average["w"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup, hold", [(10, 40), (0, 40), (40, 40)])
+def test_inverse_sqrt_is_that_of_edm2(warmup, hold):
+    """Eq. 67 times a linear ramp; the ramp begins at its first step, where the original's is 0."""
+    rate = optim.learning_rate("inverse_sqrt", PEAK, warmup, STEPS, hold)
+    n = np.arange(1000)
+    expected = PEAK / np.sqrt(np.maximum(n / hold, 1)) * np.minimum((n + 1) / max(warmup, 1), 1)
+    np.testing.assert_allclose([rate(i) for i in n[::7]], expected[::7], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, hold", [("inverse_sqrt", 5), ("cosine", 50)])
+def test_a_hold_that_does_not_fit(name, hold):
+    with pytest.raises(UserError, match=f"optim.hold={hold} needs optim.schedule=inverse_sqrt and at least the"):
+        optim.learning_rate(name, PEAK, WARMUP, STEPS, hold)

@@ -1,0 +1,164 @@
+"""What the transformers share: patches, attention, the feed-forward network, and a stack of blocks as one scan.
+
+Tokens are [B, T, D]. LayerNorms, softmax and the conditioning are float32; the residual stream runs in `dtype`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_diffusion.errors import UserError, choose
+from jax_diffusion.models import layers
+
+# What the backward pass finds stored. "dots": the outputs of the matmuls with weights, of which there are few and
+# which cost the most; attention and everything elementwise is computed again.
+REMAT = {
+    "none": lambda f: f,
+    "full": lambda f: jax.checkpoint(f, prevent_cse=False),  # a scan does not let XLA undo it
+    "dots": lambda f: jax.checkpoint(
+        f, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+
+
+def linear(cin: int, cout: int, *, init: Callable, bias: bool = True, dtype=None, rngs: nnx.Rngs) -> nnx.Linear:
+    """A matrix in `dtype` with float32 parameters, a zero bias and the weights that `init` draws."""
+    return nnx.Linear(
+        cin, cout, use_bias=bias, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+    )  # fmt: skip
+
+
+def layer_norm(width: int, *, eps: float, affine: bool = True, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm in float32, its variance taken around the mean: streams of tokens drift far from zero."""
+    return nnx.LayerNorm(
+        width, epsilon=eps, use_scale=affine, use_bias=affine, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+    )
+
+
+class SelfAttention(nnx.Module):
+    """Attention among all tokens, q, k and v from one matrix. [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool, init: Callable, dtype, rngs: nnx.Rngs):
+        kw = {"init": init, "dtype": dtype, "rngs": rngs}
+        self.qkv = linear(width, 3 * width, bias=qkv_bias, **kw)
+        self.out = linear(width, width, **kw)
+        self.heads = heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, t, d = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
+        y = jax.nn.dot_product_attention(q, k, v)  # scaled once, softmax in float32
+        return self.out(y.reshape(b, t, d))
+
+
+class FeedForward(nnx.Module):
+    """Two matrices with GELU between them, its tanh form where `tanh`."""
+
+    def __init__(self, width: int, hidden: int, *, tanh: bool, init: Callable, dtype, rngs: nnx.Rngs):
+        kw = {"init": init, "dtype": dtype, "rngs": rngs}
+        self.up = linear(width, hidden, **kw)
+        self.down = linear(hidden, width, **kw)
+        self.tanh = tanh
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x), approximate=self.tanh))
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` modules as one, whose parameters have a leading axis of layers: what `scan` runs.
+
+    Name the attribute that holds it "stack" (or "..._stack"): sharding.py then leaves that axis whole.
+    """
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param))
+
+    return nnx.merge(graph, jax.vmap(init)(jax.random.split(rngs.params(), depth)))
+
+
+def scan(
+    body: Callable[[nnx.Module, jax.Array, Any], tuple[jax.Array, Any]],
+    stack: nnx.Module,
+    x: jax.Array,
+    xs: Any = None,
+    *,
+    reverse: bool = False,
+    remat: str = "none",
+    unroll: int = 1,
+) -> tuple[jax.Array, Any]:
+    """`x, y = body(block, x, x_i)` for each block of a stack: (the last x, the y's stacked). Compiled once.
+
+    xs: what each block is given beside x, stacked.  reverse: the last block runs first.  remat: a name in REMAT.
+    unroll: blocks a turn of the loop; more take longer to compile, and XLA stores less between them.
+    """
+    graph, state = nnx.split(stack)
+
+    @REMAT[remat]
+    def step(x, layer):
+        params, x_i = layer
+        return body(nnx.merge(graph, params), x, x_i)
+
+    return jax.lax.scan(step, x, (nnx.to_pure_dict(state), xs), reverse=reverse, unroll=unroll)
+
+
+def position_embedding(height: int, width: int, features: int) -> np.ndarray:
+    """Fixed sines and cosines of each patch's column and row, [height width, features] float32.
+
+    As in MAE (He et al. 2022): the first half of the features tells the column, the second the row, each as sines
+    followed by cosines at features / 4 geometric frequencies from 1 to 1/10000.
+    """
+    frequencies = 10_000.0 ** (-np.arange(features // 4) / (features / 4))
+    row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    angles = [np.outer(position.ravel(), frequencies) for position in (column, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H W / p^2, p p C], row by row."""
+    x = layers.space_to_depth(x, patch)
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def unpatchify(x: jax.Array, patch: int, height: int, width: int) -> jax.Array:
+    """The inverse of patchify, for a picture of height x width pixels."""
+    return layers.depth_to_space(x.reshape(x.shape[0], height // patch, width // patch, -1), patch)
+
+
+class Sizes(NamedTuple):
+    """What a published size stands for."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+
+
+def resolve(presets: Mapping[str, tuple[int, ...]], size: str, given: Sequence[int]) -> Sizes:
+    """The sizes `given`, those of the preset `size` where they are 0. UserError where neither says."""
+    preset = presets[choose("model.size", size, presets)] if size else (0,) * 4
+    sizes = Sizes(*(own or default for own, default in zip(given, preset, strict=True)))
+    for name, value in sizes._asdict().items():
+        if value < 1:
+            raise UserError(f"model.{name}={value} must be at least 1: set it, or model.size to a published size")
+    return sizes
+
+
+def check(shape: tuple[int, ...], sizes: Sizes, *, remat: str, dtype: str) -> None:
+    """Raises UserError unless a transformer of these sizes fits samples of `shape`."""
+    choose("model.dtype", dtype, ("float32", "bfloat16"))
+    choose("model.remat", remat, REMAT)
+    if len(shape) != 3:
+        raise UserError(f"a transformer needs samples [H, W, C], not of shape {shape}: use model=mlp")
+    patch = sizes.patch
+    if shape[0] % patch or shape[1] % patch:
+        raise UserError(
+            f"size {shape[0]}x{shape[1]} does not divide into patches of {patch}: use multiples of {patch} "
+            "(data.size) or another model.patch"
+        )
+    if sizes.width % sizes.heads:
+        raise UserError(f"model.heads={sizes.heads} does not divide model.width={sizes.width}")

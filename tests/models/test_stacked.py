@@ -1,0 +1,61 @@
+"""The layers of a scan: their leading axis counts layers, for sharding and for weight decay."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jax_diffusion import config as configs
+from jax_diffusion import models, sharding
+from jax_diffusion.train import optim
+
+SIZES = [("dit", f"{s}/{p}") for s in ("S", "B", "L", "XL") for p in (2, 8)] + [("uvit", f"{s}/2") for s in "SMLH"]
+
+
+def specs(network, fsdp):
+    """(path, shape, spec) of the leaves of the first moments."""
+    moments = {"opt_state": [{"mu": jax.eval_shape(network.init, jax.random.key(0))}]}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moments):
+        yield path, leaf, sharding.spec_of(sharding.path_name(path), leaf.shape, mesh(fsdp), sharding.DEFAULT_RULES)
+
+
+def mesh(fsdp):
+    return SimpleNamespace(shape={"fsdp": fsdp})
+
+
+@pytest.mark.parametrize("name, size", SIZES)
+def test_layers_are_never_cut(name, size):
+    network = models.make(name, (32, 32, 4), size=size, num_classes=1000)
+    for fsdp in (2, 3, 4, 6, 7, 8, 12, 14, 16, 24, 28):
+        stacked = [(leaf, spec) for path, leaf, spec in specs(network, fsdp) if "stack/" in sharding.path_name(path)]
+        assert len(stacked) >= 10 and not [(leaf, spec) for leaf, spec in stacked if spec and spec[0] is not None]
+        if fsdp in (2, 4, 8, 16):  # and yet cut
+            assert all(spec == (None,) * leaf.ndim or "fsdp" in spec for leaf, spec in stacked)
+
+
+def test_what_would_be_cut():
+    """24 layers of 1024 features divide by 3 along the layers alone."""
+    rules, shape = sharding.DEFAULT_RULES, (24, 1024, 1024)
+    assert sharding.spec_of("params/kernel", shape, mesh(3), rules)[0] == "fsdp"
+    assert not sharding.spec_of("params/stack/kernel", shape, mesh(3), rules)
+
+
+def test_others_are_cut_as_before():
+    for name in ("params/stacks/0/kernel", "params/haystack", "params/down/0/kernel"):
+        assert sharding.spec_of(name, (8, 4), mesh(4), sharding.DEFAULT_RULES) == sharding.PartitionSpec("fsdp")
+    spec = sharding.spec_of("params/out_stack/skip/kernel", (8, 4), mesh(4), sharding.DEFAULT_RULES)
+    assert spec == sharding.PartitionSpec(None, "fsdp")
+
+
+def test_weight_decay_spares_stacked_biases_and_norms():
+    """Without a gradient AdamW moves what decays alone: matrices, whether one or one a layer."""
+    network = models.make("uvit", (4, 4, 1), size="", width=8, depth=4, heads=1, patch=2, qkv_bias=True)
+    params = jax.tree.map(lambda s: np.ones(s.shape, np.float32), jax.eval_shape(network.init, jax.random.key(0)))
+    optimizer, _ = optim.make(configs.override(configs.default(), ["--config.optim.weight_decay=0.5"]).optim, 10)
+    still = jax.tree.map(np.zeros_like, params)
+    updates = jax.jit(lambda p: optimizer.update(still, optimizer.init(p), p)[0])(params)
+    moved = {sharding.path_name(path) for path, u in jax.tree_util.tree_leaves_with_path(updates) if np.any(u)}
+    paths = {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert moved == {p for p in paths if p.endswith("kernel")} | {"position"}
+    assert "out_stack/skip/kernel" in moved and "in_stack/norm1/scale" in paths
