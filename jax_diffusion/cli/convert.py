@@ -2,7 +2,7 @@
 
 examples:
   jax-diffusion convert ddpm-cifar10-32 --workdir=runs/ddpm                 a folder of diffusers'
-  jax-diffusion convert 64x64_diffusion.pt --workdir=runs/adm --set preset=imagenet64
+  jax-diffusion convert 64x64_diffusion.pt --workdir=runs/adm               published files are known by their names
   jax-diffusion convert DiT-XL-2-256x256.pt --format=dit --workdir=runs/dit
   jax-diffusion convert model-100.pt --workdir=runs/flowers --set image_size=64 \\
       --config.data.path=flowers64.tar.gz                                   fields of the run, to train and evaluate it
@@ -49,6 +49,8 @@ def _import(options: argparse.Namespace) -> None:
     import dataclasses
     import time
 
+    import jax
+
     from jax_diffusion import config as configs
     from jax_diffusion import interop
     from jax_diffusion.cli.sample import parse_options
@@ -63,13 +65,13 @@ def _import(options: argparse.Namespace) -> None:
     if options.overrides:
         imported = dataclasses.replace(imported, config=configs.override(imported.config, options.overrides))
     interop.to_workdir(imported, options.workdir, source=str(options.source))
-    model = interop.to_model(imported)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(imported.params))
     for note in imported.notes:
         print(f"note: {note}")
     shape = "x".join(map(str, imported.shape))
     classes = f"{len(imported.class_names)} classes" if imported.class_names else "unconditional"
     print(
-        f"{imported.config.model.name}, {model.network.parameter_count():,} parameters, {shape}, {classes}, "
+        f"{imported.config.model.name}, {parameters:,} parameters, {shape}, {classes}, "
         f"{imported.config.process.schedule.name} schedule, {imported.config.process.prediction} prediction, "
         f"in {time.perf_counter() - started:.1f} s; now: jax-diffusion sample --workdir={options.workdir}"
     )
@@ -100,6 +102,8 @@ def _export(options: argparse.Namespace) -> None:
     folder = interop.save_diffusers(model, options.out, label=label)
     index = json.loads((folder / "model_index.json").read_text())
     opens = f"{index['_class_name']}.from_pretrained({str(folder)!r})"
-    if "transformer" in index:  # a DiTPipeline has an autoencoder too, which no run of ours holds
-        opens = f"{index['transformer'][1]}.from_pretrained({str(folder)!r}, subfolder='transformer')"
+    # A DiTPipeline has an autoencoder too, which no run of ours holds; the others hand no labels on.
+    part = "transformer" if "transformer" in index else "unet"
+    if part == "transformer" or (model.network.num_classes and label is None):
+        opens = f"{index[part][1]}.from_pretrained({str(folder)!r}, subfolder={part!r})"
     print(f"step {model.step:,} of {options.workdir} in {folder}; now: {opens}")

@@ -252,10 +252,12 @@ def test_mistakes_are_one_line(command, says, folder, run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("label", ("3", "none", None))
-def test_a_run_on_digits_opens_in_ddpm_pipeline(run, label, tmp_path):
+def test_a_run_on_digits_opens_in_ddpm_pipeline(run, label, tmp_path, capsys):
     """Ours with a label, theirs without: the label is in the time embedding's bias."""
     words = [] if label is None else [f"--label={label}"]
     assert main(["convert", f"--workdir={run.workdir}", "--to=diffusers", f"--out={tmp_path}/out", *words]) == 0
+    said = capsys.readouterr().out
+    assert ("DDIMPipeline.from_pretrained" if label else "UNet2DModel.from_pretrained") in said
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "out" / "unet")
     model = jd.load(run.workdir)
     x, t = noise_of((3, 1, 8, 8)), torch.tensor([5.0, 500.0, 999.0])
