@@ -10,8 +10,8 @@ identity.
 Sizes in names: B batch, T tokens, D width.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ xavier, small, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.norma
 # Table 1: width, depth, heads.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {f"{name}/{patch}": (*sizes, patch) for name, sizes in SIZES.items() for patch in (2, 4, 8)}
+sizes_of = functools.partial(transformer.sizes_of, PRESETS)
 
 
 def modulate(x_BxTxD: jax.Array, shift_BxD: jax.Array, scale_BxD: jax.Array) -> jax.Array:
@@ -94,8 +95,7 @@ class DiT(nnx.Module):
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
         height, width, _ = self.shape
         c = self.constrain(self.conditioning(c_noise, cond))
-        if "image" in cond:
-            x = jnp.concatenate([x, cond["image"].astype(x.dtype)], axis=-1)
+        x = layers.with_image(x, cond)
         position = transformer.position_embedding(height // self.patch, width // self.patch, self.width)
         h = self.patch_embed(transformer.patchify(x, self.patch)) + position[None]
         h = self.constrain(h.astype(self.dtype))
@@ -108,12 +108,6 @@ class DiT(nnx.Module):
         h = self.head(modulate(self.norm(h), shift, scale)).astype(jnp.float32)
         out = transformer.unpatchify(h, self.patch, height, width)[..., : self.out_channels]
         return -out if self.flow_to_data else out
-
-
-def sizes_of(options: Mapping[str, Any]) -> transformer.Sizes:
-    """The sizes that options of `dit` come to."""
-    given = [options.get(name, 0) for name in transformer.Sizes._fields]
-    return transformer.resolve(PRESETS, options.get("size", "S/2"), given)
 
 
 def dit(

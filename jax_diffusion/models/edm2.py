@@ -147,17 +147,8 @@ class EDM2(nnx.Module):
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
         emb = self.embedding(c_noise, cond)
-        count = 0
-
-        def run(module, x):
-            nonlocal count
-            k = None if key is None else jax.random.fold_in(key, count)
-            count += 1
-            call = jax.checkpoint(module) if self.remat else module
-            return self.constrain(call(x, emb, k))
-
-        parts = [x, cond["image"].astype(x.dtype)] if "image" in cond else [x]
-        h = jnp.concatenate([*parts, jnp.ones_like(x[..., :1])], axis=-1)
+        run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
+        h = jnp.concatenate([layers.with_image(x, cond), jnp.ones_like(x[..., :1])], axis=-1)
         h = self.constrain(self.stem(h))
         skips = [h]
         for module in self.encoder:

@@ -74,10 +74,9 @@ class Encoder(nnx.Module):
         emb = self.time2(jax.nn.silu(self.time1(layers.sinusoidal_embedding(c_noise, self.channels))))
         h = self.constrain(self.stem(x))
         seen = [h]
-        for i, module in enumerate([*self.down, *self.middle]):
-            k = None if key is None else jax.random.fold_in(key, i)
-            call = jax.checkpoint(module) if self.remat else module
-            h = self.constrain(call(h, emb, k))
+        run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
+        for module in [*self.down, *self.middle]:
+            h = run(module, h)
             seen.append(h)
         h = h.astype(jnp.float32)
         if self.pool == "attention":

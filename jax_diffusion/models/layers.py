@@ -1,6 +1,8 @@
 """Layers shared by the networks. Parameters and statistics are float32; `dtype` is what matmuls run in."""
 
+import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +109,26 @@ def embed_label(embed: nnx.Embed, cond: dict, batch: int, num_classes: int) -> j
     if embed.num_embeddings > num_classes:
         return embed(label)
     return jnp.where((label < num_classes)[:, None], embed(jnp.minimum(label, num_classes - 1)), 0.0)
+
+
+def in_turn(emb: jax.Array, key: jax.Array | None, *, remat: bool, constrain: Callable) -> Callable:
+    """`run(module, x)`, constrain(module(x, emb, k)) with a dropout key k for each call, numbered in their order.
+
+    key: None switches dropout off.  remat: what the modules hold is computed again in the backward pass.
+    """
+    numbers = itertools.count()
+
+    def run(module: Callable, x: jax.Array) -> jax.Array:
+        k = None if key is None else jax.random.fold_in(key, next(numbers))
+        call = jax.checkpoint(module) if remat else module
+        return constrain(call(x, emb, k))
+
+    return run
+
+
+def with_image(x: jax.Array, cond: dict) -> jax.Array:
+    """x with cond["image"] beside it, if there is one, along the channels."""
+    return jnp.concatenate([x, cond["image"].astype(x.dtype)], axis=-1) if "image" in cond else x
 
 
 def upsample(x: jax.Array) -> jax.Array:

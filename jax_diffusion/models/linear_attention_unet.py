@@ -204,13 +204,7 @@ class LinearAttentionUNet(nnx.Module):
         emb = self.time(c_noise)
         if self.label is not None:
             emb = jnp.concatenate([emb, self.label(cond, len(c_noise))], -1)
-        count = 0
-
-        def block(module, x):
-            nonlocal count
-            k = None if key is None else jax.random.fold_in(key, count)
-            count += 1
-            return self.constrain((jax.checkpoint(module) if self.remat else module)(x, emb, k))
+        block = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
 
         def plain(module, x):
             return self.constrain((jax.checkpoint(module) if self.remat else module)(x))

@@ -165,17 +165,8 @@ class SongUNet(nnx.Module):
         if self.score:
             noise = jnp.log(noise / 2 if self.unit_range else noise)
         emb = self.embedding(noise, cond)
-        count = 0
-
-        def run(module, x):
-            nonlocal count
-            k = None if key is None else jax.random.fold_in(key, count)
-            count += 1
-            call = jax.checkpoint(module) if self.remat else module
-            return self.constrain(call(x, emb, k))
-
-        if "image" in cond:
-            x = jnp.concatenate([x, cond["image"].astype(x.dtype)], axis=-1)
+        run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
+        x = layers.with_image(x, cond)
         pyramid, h = x, self.constrain(self.stem(x))
         skips = [h]
         for level in range(self.levels):

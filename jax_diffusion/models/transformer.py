@@ -148,6 +148,11 @@ def resolve(presets: Mapping[str, tuple[int, ...]], size: str, given: Sequence[i
     return sizes
 
 
+def sizes_of(presets: Mapping[str, tuple[int, ...]], options: Mapping[str, Any]) -> Sizes:
+    """The sizes that options of a transformer come to, for instance of a config's model group."""
+    return resolve(presets, options.get("size", "S/2"), [options.get(name, 0) for name in Sizes._fields])
+
+
 def check(shape: tuple[int, ...], sizes: Sizes, *, remat: str, dtype: str) -> None:
     """Raises UserError unless a transformer of these sizes fits samples of `shape`."""
     choose("model.dtype", dtype, ("float32", "bfloat16"))

@@ -78,17 +78,8 @@ class UNet(nnx.Module):
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
         emb = self.embedding(c_noise, cond)
-        count = 0
-
-        def run(module, x):
-            nonlocal count
-            k = None if key is None else jax.random.fold_in(key, count)
-            count += 1
-            call = jax.checkpoint(module) if self.remat else module
-            return self.constrain(call(x, emb, k))
-
-        if "image" in cond:
-            x = jnp.concatenate([x, cond["image"].astype(x.dtype)], axis=-1)
+        run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
+        x = layers.with_image(x, cond)
         if self.center_input:
             x = 2 * x - 1
         h = self.constrain(self.stem(layers.space_to_depth(x, self.patch)))

@@ -8,9 +8,9 @@ last n each take in what one of the first n gave, the nearest first, concatenate
 A 3x3 convolution may follow the last linear layer. Sizes in names: B batch, T tokens, D width.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ small = nnx.initializers.normal(0.02)
 # Table 1: width, blocks besides the middle one, heads.
 SIZES = {"S": (512, 12, 8), "S-deep": (512, 16, 8), "M": (768, 16, 12), "L": (1024, 20, 16), "H": (1152, 28, 16)}
 PRESETS = {f"{name}/{patch}": (*sizes, patch) for name, sizes in SIZES.items() for patch in (2, 4)}
+sizes_of = functools.partial(transformer.sizes_of, PRESETS)
 
 
 def uniform_of_inputs(key, shape, dtype=jnp.float32):
@@ -99,8 +100,7 @@ class UViT(nnx.Module):
         return h.astype(self.dtype)
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
-        if "image" in cond:
-            x = jnp.concatenate([x, cond["image"].astype(x.dtype)], axis=-1)
+        x = layers.with_image(x, cond)
         h = self.constrain(self.tokens(x, c_noise, cond))
         options = {"remat": self.remat, "unroll": self.unroll}
 
@@ -117,12 +117,6 @@ class UViT(nnx.Module):
         out = self.head(self.norm(h)).astype(jnp.float32)[:, self.extras :]
         out = transformer.unpatchify(out, self.patch, *self.shape[:2])
         return out if self.conv is None else self.conv(out)
-
-
-def sizes_of(options: Mapping[str, Any]) -> transformer.Sizes:
-    """The sizes that options of `uvit` come to."""
-    given = [options.get(name, 0) for name in transformer.Sizes._fields]
-    return transformer.resolve(PRESETS, options.get("size", "S/2"), given)
 
 
 def uvit(

@@ -12,6 +12,7 @@ import torch
 
 import jax_diffusion as jd
 from jax_diffusion import interop
+from jax_diffusion.cli import convert
 from jax_diffusion.cli.main import main
 from jax_diffusion.errors import UserError
 
@@ -307,3 +308,7 @@ print(jd.save_diffusers(model, {str(tmp_path / "back")!r}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert pathlib.Path(done.stdout.strip()).is_dir()
+
+
+def test_the_help_names_every_format():
+    assert convert.FORMATS.split(", ") == ["diffusers", *interop.FORMATS]
