@@ -26,6 +26,12 @@ def test_nothing_heavy_is_imported_and_no_device_is_taken():
     assert early == [] and late == [] and backends == []
 
 
+def test_training_and_loading_a_run_need_no_safetensors():
+    code = "import sys; sys.modules['safetensors'] = None; import jax_diffusion.train.loop, jax_diffusion.interop"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_name_offered_is_there():
     assert set(jd.__all__) <= set(dir(jd))
     for name in jd.__all__:

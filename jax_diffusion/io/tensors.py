@@ -1,4 +1,7 @@
-"""Files of named arrays: safetensors, read one array at a time, with a CRC of each where we have written them."""
+"""Files of named arrays: safetensors, read one array at a time, with a CRC of each where we have written them.
+
+The library of that name is imported where it is used: training does without it.
+"""
 
 import json
 import pathlib
@@ -7,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes  # noqa: F401  gives NumPy bfloat16
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jax_diffusion.errors import UserError
 
@@ -52,6 +53,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 def open_safetensors(path: pathlib.Path) -> Tensors:
     """The tensors of one file. UserError where it is damaged."""
+    from safetensors import SafetensorError, safe_open
 
     def damaged(what: object) -> UserError:
         return UserError(f"{path} is damaged or no safetensors file: {' '.join(str(what).split())}")
@@ -87,6 +89,8 @@ def _crc(array: np.ndarray) -> int:
 
 def save(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None):
     """Writes a .safetensors file, whole or not at all, with a CRC of each tensor in its metadata."""
+    from safetensors.numpy import save_file
+
     path = pathlib.Path(path)
     tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     crc = json.dumps({name: _crc(array) for name, array in tensors.items()})
