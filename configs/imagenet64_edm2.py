@@ -23,7 +23,7 @@ def get_config():
     c.process.weighting = config.named("edm")
     c.process.timesteps = config.named("log_normal", mean=-0.8, std=1.6)
     c.process.sigma_data = 0.5
-    c.model = config.network("edm2", uncertainty=128)
+    c.model = config.network("edm2")
     c.model.update(channels=192, dropout=0.0, null_label=False, uncertainty=128, dtype="bfloat16")
     # 10 Mimg of linear warm-up at 2048 images a step; weights are normalised, so nothing is clipped or decayed.
     c.optim.update(

@@ -201,8 +201,8 @@ def _channels(tensors: Tensors) -> tuple[int, bool, bool]:
 
 # What the original's code cannot be told.
 FIXED = {"activation": "silu", "middle": "attention", "middle_norm_groups": 0, "middle_scale": 1.0, "patch": 1,
-         "time_embedding": "sinusoidal", "frequency_shift": 0.0, "sine_first": False, "center_input": False,
-         "norm_eps": 1e-5}  # fmt: skip
+         "time_embedding": "sinusoidal", "time_scale": 1.0, "frequency_shift": 0.0, "sine_first": False,
+         "center_input": False, "norm_eps": 1e-5}  # fmt: skip
 
 
 def write(architecture: Architecture, params: Any, *, new_attention_order: bool = False) -> dict[str, np.ndarray]:
