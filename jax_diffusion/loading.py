@@ -17,10 +17,12 @@ def load(path: str | pathlib.Path, *, step: int | None = None, ema: bool = True,
     The Model holds network, parameters and process, and default_table() is the solver that came with it.
     Raises UserError where nothing is there, or something does not fit.
     """
+    path = pathlib.Path(path)
+    if (path / "dataset.json").is_file():  # a run of ours
+        return models.load(path, step=step, ema=ema, **options)
     from jax_diffusion import interop
     from jax_diffusion.interop.diffusers import pipeline
 
-    path = pathlib.Path(path)
     if path.is_file() or (path.is_dir() and pipeline.is_folder(path)):
         if step is not None:
             raise UserError(f"step={step}: {path} is no run of ours and holds one set of weights; leave it out")

@@ -8,6 +8,7 @@ relative to the largest number of what it is compared with, in float32.
 """
 
 import argparse
+import functools
 import importlib
 import pathlib
 import sys
@@ -47,26 +48,21 @@ def cases() -> Iterator[tuple[str, str, str, Callable[[], Found]]]:
                                                "interop.test_ncsnpp"))  # fmt: skip
     dit, uvit, edm2 = (test(f"models.test_parity_{m}") for m in ("dit", "uvit", "edm2"))
     linear = test("models.test_parity_linear_attention_unet")
-    for name in unet2d.CONFIGS:
-        yield "`unet`", "diffusers UNet2DModel", name, lambda name=name: unet.differences(name)
-    for name in adm.UNETS:
-        yield "`unet`", "guided-diffusion (azula's copy)", name, lambda name=name: adm.differences(name)
-    for name in dit.DIFFUSERS:
-        yield "`dit`", "diffusers DiTTransformer2DModel", name, lambda name=name: dit.against_diffusers(name)
-    for name in dit.ORIGINAL:
-        yield "`dit`", "transcription of DiT, SiT", name, lambda name=name: dit.against_transcription(name)
-    for name in uvit.CASES:
-        yield "`uvit`", "transcription of U-ViT", name, lambda name=name: uvit.both(name)
-    for name in edm.CASES:
-        yield "`song_unet`, `unet`", "transcription of EDM", name, lambda name=name: edm.differences(name)
-    for name in ncsnpp.CONFIGS:
-        yield "`song_unet`", "diffusers UNet2DModel, NCSN++ blocks", name, lambda name=name: ncsnpp.differences(name)
-    for name in edm2.CASES:
-        yield "`edm2`", "transcription of EDM2, with its Precond", name, lambda name=name: of_edm2(edm2, name)
-    for name in linear.CASES:
-        yield "`linear_attention_unet`", "denoising_diffusion_pytorch", name, (
-            lambda name=name: of_linear_attention(linear, name)
-        )  # fmt: skip
+    groups = (
+        ("`unet`", "diffusers UNet2DModel", unet2d.CONFIGS, unet.differences),
+        ("`unet`", "guided-diffusion (azula's copy)", adm.UNETS, adm.differences),
+        ("`dit`", "diffusers DiTTransformer2DModel", dit.DIFFUSERS, dit.against_diffusers),
+        ("`dit`", "transcription of DiT, SiT", dit.ORIGINAL, dit.against_transcription),
+        ("`uvit`", "transcription of U-ViT", uvit.CASES, uvit.both),
+        ("`song_unet`, `unet`", "transcription of EDM", edm.CASES, edm.differences),
+        ("`song_unet`", "diffusers UNet2DModel, NCSN++ blocks", ncsnpp.CONFIGS, ncsnpp.differences),
+        ("`edm2`", "transcription of EDM2, with its Precond", edm2.CASES, functools.partial(of_edm2, edm2)),
+        ("`linear_attention_unet`", "denoising_diffusion_pytorch", linear.CASES,
+         functools.partial(of_linear_attention, linear)),
+    )  # fmt: skip
+    for network, original, names, differences in groups:
+        for name in names:
+            yield network, original, name, functools.partial(differences, name)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from jax_diffusion.interop.unet_parts import Part
 from jax_diffusion.interop.weights import AS_IS, CONV, CONV1, CONV1X1, DENSE, Entry, Layout, affine, norm
 from jax_diffusion.models import unet
 from jax_diffusion.models.encoder import encoder
+from jax_diffusion.models.resnet import multipliers_of
 
 
 def count(tensors: Tensors, name: str) -> int:
@@ -92,7 +93,7 @@ def _options(tensors: Tensors, blocks: int = 0) -> dict[str, Any]:
         raise UserError(f"{tensors.path} is no state dict of guided-diffusion: {error} is missing or odd") from None
     return {
         "channels": channels,
-        "multipliers": tuple(w // channels if w % channels == 0 else w / channels for w in widths),
+        "multipliers": multipliers_of(widths, channels),
         "stem_channels": 0 if stem == channels else stem,
         "blocks": n,
         "attention_levels": tuple(

@@ -1,9 +1,9 @@
 """The modules of `unet` in order, for the tables that say what other libraries call them."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jax_diffusion.models.network import defaults
 from jax_diffusion.models.resnet import level_widths
 
 
@@ -25,8 +25,7 @@ class Part(NamedTuple):
 
 def options(network, model: Mapping[str, Any]) -> dict[str, Any]:
     """A network's options, those that `model` leaves out at their defaults."""
-    defaults = {p.name: p.default for p in inspect.signature(network).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    return {name: model.get(name, default) for name, default in defaults.items()}
+    return {name: model.get(name, default) for name, default in defaults(network).items()}
 
 
 def down(o: Mapping[str, Any]) -> Iterator[Part]:

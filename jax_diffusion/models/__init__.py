@@ -1,6 +1,5 @@
 """Networks. Nothing outside this package imports Flax; outside it a network is (init, apply)."""
 
-import inspect
 from typing import Any
 
 from jax_diffusion.errors import check_options, choose
@@ -8,7 +7,7 @@ from jax_diffusion.models.dit import dit
 from jax_diffusion.models.edm2 import edm2
 from jax_diffusion.models.linear_attention_unet import linear_attention_unet
 from jax_diffusion.models.mlp import mlp
-from jax_diffusion.models.network import Network
+from jax_diffusion.models.network import Network, defaults
 from jax_diffusion.models.song_unet import song_unet
 from jax_diffusion.models.uncertainty import with_uncertainty
 from jax_diffusion.models.unet import unet
@@ -45,9 +44,8 @@ _OF_THE_DATA = ("num_classes", "learn_variance", "constrain")  # said elsewhere 
 
 def options(name: str) -> dict[str, Any]:
     """The options of network `name` and their defaults: the fields of a config's model group."""
-    parameters = inspect.signature(MODELS[choose("model.name", name, MODELS)]).parameters.values()
-    own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OF_THE_DATA}
-    return {**own, "uncertainty": 0}
+    known = defaults(MODELS[choose("model.name", name, MODELS)])
+    return {**{k: v for k, v in known.items() if k not in _OF_THE_DATA}, "uncertainty": 0}
 
 
 def make(name: str, shape: tuple[int, ...], *, uncertainty: int = 0, **options: Any) -> Network:

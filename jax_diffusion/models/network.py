@@ -4,6 +4,7 @@ Flax stays behind this boundary. Parameters are nested dicts of arrays with stri
 them at trace time, which compiles to the same program and costs nothing per call.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,11 @@ def _module_keys(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {int(k) if k.isdigit() else k: _module_keys(v) for k, v in tree.items()}
     return tree
+
+
+def defaults(build: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a function that makes a network, and their defaults."""
+    return {p.name: p.default for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 class _Keys:

@@ -176,10 +176,7 @@ def block_maker(attending: Sequence[int], *, dtype: str, **options: Any) -> Call
     """rngs -> Blocks. attending: the widths that attend. Raises UserError for options that make no blocks."""
     choose("model.dtype", dtype, ("float32", "bfloat16"))
     choose("model.activation", options["activation"], ACTIVATIONS)
-    by = "head_channels" if options["head_channels"] else "heads"
-    for width in attending:
-        if width % options[by]:
-            raise UserError(f"model.{by}={options[by]} does not divide the {width} channels of an attending level")
+    check_heads(attending, options["heads"], options["head_channels"])
     return lambda rngs: Blocks(dtype=jnp.dtype(dtype), rngs=rngs, **options)
 
 
@@ -189,6 +186,21 @@ def level_widths(channels: int, multipliers: Sequence[float]) -> tuple[int, ...]
         if channels * m < 1 or abs(channels * m - round(channels * m)) > 1e-6:
             raise UserError(f"model.multipliers={tuple(multipliers)}: {m} times model.channels={channels} is no width")
     return tuple(round(channels * m) for m in multipliers)
+
+
+def multipliers_of(widths: Sequence[int], channels: int) -> tuple[float, ...]:
+    """The inverse of level_widths; whole numbers where they are."""
+    return tuple(w // channels if w % channels == 0 else w / channels for w in widths)
+
+
+def check_heads(attending: Sequence[int], heads: int, head_channels: int) -> None:
+    """Raises UserError unless the heads, or their width where it is given, divide the widths that attend."""
+    by = "head_channels" if head_channels else "heads"
+    for width in attending:
+        if width % (head_channels or heads):
+            raise UserError(
+                f"model.{by}={head_channels or heads} does not divide the {width} channels of an attending level"
+            )
 
 
 def check_size(height: int, width: int, multipliers: Sequence[float], patch: int = 1) -> None:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import filters, layers
 from jax_diffusion.models.network import Network, from_module
-from jax_diffusion.models.resnet import check_size, level_widths
+from jax_diffusion.models.resnet import check_heads, check_size, level_widths
 
 ROOT_HALF = math.sqrt(0.5)  # of every sum of two branches, which keeps its variance
 
@@ -242,12 +242,8 @@ def song_unet(
         raise UserError(f"model.resample_filter={tuple(resample_filter)} is unknown: use {known}")
     height, width, image_channels = shape
     check_size(height, width, multipliers)
-    widths, by = level_widths(channels, multipliers), "head_channels" if head_channels else "heads"
-    for attending in (*(widths[l] for l in attention_levels if l < len(widths)), widths[-1]):
-        if attending % (head_channels or heads):
-            raise UserError(
-                f"model.{by}={head_channels or heads} does not divide the {attending} channels of an attending level"
-            )
+    widths = level_widths(channels, multipliers)
+    check_heads([*(widths[l] for l in attention_levels if l < len(widths)), widths[-1]], heads, head_channels)
     return from_module(
         lambda rngs: SongUNet(
             rngs=rngs,

@@ -11,26 +11,24 @@ from typing import Any
 
 from jax_diffusion import config as configs
 from jax_diffusion.errors import UserError
-from jax_diffusion.interop.diffusers.unet_weights import MATRIX, rename
+from jax_diffusion.interop.diffusers.unet_weights import (
+    DEFAULTS,
+    OURS,
+    attention,
+    forbidden_values,
+    ignore,
+    image_size,
+    rename,
+    resblock,
+    unknown_fields,
+)
 from jax_diffusion.interop.imported import Architecture
-from jax_diffusion.interop.weights import AS_IS, CONV, Entry, affine, joined, norm
-from jax_diffusion.models.resnet import level_widths
+from jax_diffusion.interop.weights import CONV, Entry, affine, norm
+from jax_diffusion.models.resnet import level_widths, multipliers_of
 
 __all__ = ["architecture", "config_of", "entries", "ignore", "in_our_range", "is_ncsnpp", "rename"]
 
-OURS = "_jax_diffusion"  # what diffusers has no field for
 ATTENDS = {"SkipDownBlock2D": False, "AttnSkipDownBlock2D": True, "SkipUpBlock2D": False, "AttnSkipUpBlock2D": True}
-# What UNet2DModel takes a field for that a config leaves out, and all that it may say here; None: see `architecture`.
-DEFAULTS = {
-    "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
-    "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0, "flip_sin_to_cos": True,
-    "down_block_types": (), "mid_block_type": "UNetMidBlock2D", "up_block_types": (),
-    "block_out_channels": (224, 448, 672, 896), "layers_per_block": 2, "mid_block_scale_factor": 1,
-    "downsample_padding": 1, "downsample_type": "conv", "upsample_type": "conv", "dropout": 0.0, "act_fn": "silu",
-    "attention_head_dim": 8, "norm_num_groups": 32, "attn_norm_num_groups": None, "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
-    "num_train_timesteps": None,
-}  # fmt: skip
 ONLY = {
     "in_channels": (3,), "out_channels": (3,), "time_embedding_type": ("fourier",), "act_fn": ("silu", "swish"),
     "mid_block_type": ("UNetMidBlock2D",), "norm_eps": (1e-6,), "resnet_time_scale_shift": ("default",),
@@ -49,7 +47,8 @@ def _groups(width: int) -> int:
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """UNet2DModel's config in our terms. UserError that lists every field and block without an equivalent."""
-    c = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
+    none = {"down_block_types": (), "up_block_types": ()}
+    c = DEFAULTS | none | {name: value for name, value in config.items() if name in DEFAULTS}
     down, up, widths = (tuple(c[name]) for name in ("down_block_types", "up_block_types", "block_out_channels"))
     other = sorted({str(t) for t in (*down, *up) if t not in ATTENDS})
     if other:
@@ -57,14 +56,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     if not len(down) == len(up) == len(widths) > 0:
         raise UserError("down_block_types, up_block_types and block_out_channels differ in length")
     levels = [[l for l, t in enumerate(types) if ATTENDS[t]] for types in (down, up[::-1])]
-    problems = [
-        f"{name}={value!r} is a field that is not known here (remove it if it says nothing of the network)"
-        for name, value in config.items()
-        if name not in DEFAULTS and not name.startswith("_") and value not in (None, False)
-    ]
-    problems += [
-        f"{n}={c[n]!r}, where {' or '.join(map(repr, v))} can be read" for n, v in ONLY.items() if c[n] not in v
-    ]
+    problems = unknown_fields(config) + forbidden_values(c, ONLY)
     if levels[0] != levels[1]:
         problems.append(f"attention at levels {levels[0]} on the way down and {levels[1]} on the way up")
     if not math.isclose(c["mid_block_scale_factor"], math.sqrt(2), abs_tol=1e-6):
@@ -80,14 +72,12 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     embedding = c["time_embedding_dim"] or 4 * widths[0]
     if embedding % widths[0]:
         problems.append(f"time_embedding_dim={embedding}, where a multiple of {widths[0]} can be read")
-    size = (c["sample_size"],) * 2 if isinstance(c["sample_size"], int) else tuple(c["sample_size"] or ())
-    if len(size) != 2:
-        problems.append(f"sample_size={c['sample_size']!r}: write the images' size [height, width] into config.json")
+    size = image_size(c, problems)
     if problems:
         raise UserError(f"this UNet2DModel is no NCSN++ that can be built here: {'; '.join(problems)}")
     model = configs.network("song_unet").to_dict() | {
         "channels": widths[0],
-        "multipliers": tuple(w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths),
+        "multipliers": multipliers_of(widths, widths[0]),
         "blocks": c["layers_per_block"],
         "attention_levels": tuple(levels[0]),
         "head_channels": head or 0,
@@ -177,47 +167,24 @@ def entries(a: Architecture) -> list[Entry]:
         home = f"down_blocks.{level}"
         for i in range(blocks):
             ours = f"down/{level * blocks + i}"
-            out += _resblock(ours, f"{home}.resnets.{i}", before != width)
-            out += _attention(ours, f"{home}.attentions.{i}") if level in o["attention_levels"] else []
+            out += resblock(ours, f"{home}.resnets.{i}", before != width)
+            out += attention(f"{ours}/attention", f"{home}.attentions.{i}") if level in o["attention_levels"] else []
             before = width
         if level < last:
-            out += _resblock(f"shrink/{level}", f"{home}.resnet_down", True)
+            out += resblock(f"shrink/{level}", f"{home}.resnet_down", True)
             out += affine(f"inputs/{level}", f"{home}.skip_conv", CONV)
-    out += _resblock("middle/0", "mid_block.resnets.0", False) + _attention("middle/0", "mid_block.attentions.0")
-    out += _resblock("middle/1", "mid_block.resnets.1", False)
+    out += resblock("middle/0", "mid_block.resnets.0", False) + attention(
+        "middle/0/attention", "mid_block.attentions.0"
+    )
+    out += resblock("middle/1", "mid_block.resnets.1", False)
     for turn, level in enumerate(reversed(range(len(widths)))):
         home = f"up_blocks.{turn}"
         for i in range(blocks + 1):
-            out += _resblock(f"up/{turn * (blocks + 1) + i}", f"{home}.resnets.{i}", True)
+            out += resblock(f"up/{turn * (blocks + 1) + i}", f"{home}.resnets.{i}", True)
         if level in o["attention_levels"]:
-            out += _attention(f"up/{turn * (blocks + 1) + blocks}", f"{home}.attentions.0")
+            out += attention(f"up/{turn * (blocks + 1) + blocks}/attention", f"{home}.attentions.0")
         if level:
-            out += _resblock(f"grow/{turn}", f"{home}.resnet_up", True)
+            out += resblock(f"grow/{turn}", f"{home}.resnet_up", True)
         out += norm(f"norms/{turn}", f"{home}.skip_norm" if level else "conv_norm_out")
         out += affine(f"heads/{turn}", f"{home}.skip_conv" if level else "conv_out", CONV)
     return out
-
-
-def _resblock(ours: str, theirs: str, shortcut: bool) -> list[Entry]:
-    return [
-        *norm(f"{ours}/norm1", f"{theirs}.norm1"),
-        *affine(f"{ours}/conv1", f"{theirs}.conv1", CONV),
-        *affine(f"{ours}/embed", f"{theirs}.time_emb_proj"),
-        *norm(f"{ours}/norm2", f"{theirs}.norm2"),
-        *affine(f"{ours}/conv2", f"{theirs}.conv2", CONV),
-        *(affine(f"{ours}/shortcut", f"{theirs}.conv_shortcut", CONV) if shortcut else ()),
-    ]
-
-
-def _attention(ours: str, theirs: str) -> list[Entry]:
-    ours, qkv = f"{ours}/attention", [f"{theirs}.to_{letter}" for letter in "qkv"]
-    return [
-        *norm(f"{ours}/norm", f"{theirs}.group_norm"),
-        Entry(f"{ours}/qkv/kernel", tuple(f"{name}.weight" for name in qkv), joined(MATRIX, 3)),
-        Entry(f"{ours}/qkv/bias", tuple(f"{name}.bias" for name in qkv), joined(AS_IS, 3)),
-        *affine(f"{ours}/out", f"{theirs}.to_out.0", MATRIX),
-    ]
-
-
-def ignore(name: str) -> bool:
-    return False

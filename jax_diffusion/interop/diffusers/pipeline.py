@@ -136,17 +136,15 @@ def _read(
     if scheduler_config is None:
         scheduler_config = {
             "_class_name": "DDIMScheduler",
-            "clip_sample": index is None and config.get("in_channels") != 4,
+            "clip_sample": config.get("in_channels") != 4,
         }
         notes.append("no scheduler was found: DDPM's linear schedule and DDIM's solver were assumed")
     with _blaming(folder / "config.json"):
         architecture = module.architecture(config)
     with _blaming(folder.parent if index is not None else folder):
         process, sampling, more = scheduler.read(scheduler_config)
-    if architecture.learn_variance and not process.get("learn_variance"):
-        process["learn_variance"] = True  # the network's channels say so; not every scheduler's config does
-        if sampling["solver"] == "ddpm":
-            sampling["options"].pop("variance", None)
+    if architecture.learn_variance and sampling["solver"] == "ddpm":
+        sampling["options"].pop("variance", None)  # the network's channels say so; not every scheduler's config does
     if architecture.model.get("time_embedding") == "log_fourier" and not process.get("raw_inputs"):
         raise UserError(
             f"{folder}: the network is shown sigma and predicts the score, and its scheduler is "

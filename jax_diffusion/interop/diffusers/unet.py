@@ -13,46 +13,14 @@ from typing import Any
 from jax_diffusion.errors import UserError
 from jax_diffusion.interop import unet_parts
 from jax_diffusion.interop.diffusers import ncsnpp, unet_weights
-from jax_diffusion.interop.diffusers.unet_weights import ignore, rename
+from jax_diffusion.interop.diffusers.unet_weights import DEFAULTS, OURS, ignore, rename
 from jax_diffusion.interop.imported import Architecture
 from jax_diffusion.interop.weights import Entry
 from jax_diffusion.models import layers, unet
-from jax_diffusion.models.resnet import ACTIVATIONS, level_widths
+from jax_diffusion.models.resnet import ACTIVATIONS, level_widths, multipliers_of
 
 __all__ = ["architecture", "config_of", "entries", "ignore", "rename"]
 
-OURS = "_jax_diffusion"  # what diffusers has no field for
-
-DEFAULTS = {  # of UNet2DModel: what a config that leaves a field out means
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (224, 448, 672, 896),
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "dropout": 0.0,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "num_train_timesteps": None,
-}
 ATTENDS = {"DownBlock2D": False, "AttnDownBlock2D": True, "ResnetDownsampleBlock2D": False,
            "UpBlock2D": False, "AttnUpBlock2D": True, "ResnetUpsampleBlock2D": False}  # fmt: skip
 TIME = {"positional": "sinusoidal", "fourier": "log_fourier"}
@@ -77,24 +45,13 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     types = [[str(t).removeprefix("UNetRes") for t in c[f"{way}_block_types"]] for way in ("down", "up")]
     _check_blocks(c, *types)
     ours = config.get(OURS) or {}
-    problems = [
-        f"{name}={value!r} is a field that is not known here (remove it if it says nothing of the network)"
-        for name, value in config.items()
-        if name not in DEFAULTS and not name.startswith("_") and value not in (None, False)
-    ]
-    problems += [
-        f"{name}={c[name]!r}, where {' or '.join(map(repr, known))} can be read"
-        for name, known in ONLY.items()
-        if c[name] not in known
-    ]
+    problems = unet_weights.unknown_fields(config) + unet_weights.forbidden_values(c, ONLY)
     problems += [
         f"{name}={c[name]!r}, where a number is needed"
         for name in ("layers_per_block", "norm_num_groups")
         if not isinstance(c[name], int)
     ]
-    size = (c["sample_size"],) * 2 if isinstance(c["sample_size"], int) else tuple(c["sample_size"] or ())
-    if len(size) != 2:
-        problems.append(f"sample_size={c['sample_size']!r}: write the images' size [height, width] into config.json")
+    size = unet_weights.image_size(c, problems)
     image_channels, learn_variance = _channels(c, ours, problems)
     attention_levels, resblock_updown = _levels(c, *types, problems)
 
@@ -115,7 +72,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     model = {
         "name": "unet",
         "channels": widths[0],
-        "multipliers": tuple(w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths),
+        "multipliers": multipliers_of(widths, widths[0]),
         "stem_channels": 0,
         "blocks": c["layers_per_block"],
         "attention_levels": attention_levels,
