@@ -15,7 +15,7 @@ import jax
 from jax_diffusion import config as configs
 from jax_diffusion import experiment, sharding
 from jax_diffusion.data import Batches
-from jax_diffusion.train import checkpoint, flops, posthoc, setup, state, step
+from jax_diffusion.train import checkpoint, flops, posthoc, setup, state
 from jax_diffusion.train.interrupt import Interrupt
 from jax_diffusion.train.observe import Artist, Validator
 from jax_diffusion.train.report import Meter, count, duration
@@ -41,42 +41,25 @@ def _start(s: setup.Setup, checkpoints: checkpoint.Checkpointer, log):
     key = jax.random.fold_in(jax.random.key(s.config.seed), 0)
     newest = checkpoints.latest()
     if newest is None:
-        return state.create(s.init, key, s.mesh, s.config.mesh.rules)
+        return s.program.create(key)
     if checkpoints.holds_weights_alone(newest):
-        fresh, shardings = state.create(s.init, key, s.mesh, s.config.mesh.rules)
+        fresh, shardings = s.program.create(key)
         wanted = sharding.abstract(fresh.params, shardings.params)
         params, ema = (checkpoints.restore_weights(wanted, newest, ema=ema) for ema in (False, True))
         if s.parts.network.project is not None:
             params = jax.jit(s.parts.network.project, out_shardings=shardings.params)(params)
         log(f"starting from the weights in {s.workdir}")
         return dataclasses.replace(fresh, params=params, ema=ema), shardings
-    shapes = jax.eval_shape(s.init, key)
-    shardings = sharding.tree_shardings(s.mesh, shapes, s.config.mesh.rules)
-    restored = checkpoints.restore(sharding.abstract(shapes, shardings))
+    wanted, shardings = s.program.abstract_state()
+    restored = checkpoints.restore(wanted)
     log(f"resuming {s.workdir} at step {int(restored.step):,} of {s.config.train.steps:,}")
     return restored, shardings
 
 
-def _compiler(s: setup.Setup, train_state, shardings, log):
+def _compiler(s: setup.Setup, log):
     """`compiled(k)`: the program for k steps in one dispatch, and the FLOPs of one step."""
     t, cache = s.config.train, {}
-    train_step = step.make_train_step(
-        s.parts.network,
-        s.parts.process,
-        s.parts.times,
-        s.optimizer,
-        seed=s.config.seed,
-        condition=s.parts.condition,
-        flip=s.config.data.flip,
-        label_dropout=t.label_dropout,
-        accumulate=t.accumulate,
-        ema_decay=s.config.ema.decay,
-        ema_warmup=s.config.ema.warmup,
-        ema_profiles=s.config.ema.profiles,
-    )
-    abstract_state = sharding.abstract(train_state, shardings)
-    stacked = t.steps_per_dispatch > 1
-    if jax.default_backend() == "cpu" and (stacked or t.accumulate > 1) and len(s.shape) == 3:
+    if jax.default_backend() == "cpu" and (t.steps_per_dispatch > 1 or t.accumulate > 1) and len(s.shape) == 3:
         # Measured: docs/benchmarks.md.
         log("note: on CPUs XLA runs the gradients of convolutions inside a loop 12 to 20 times slower; use "
             "--config.train.steps_per_dispatch=1 --config.train.accumulate=1")  # fmt: skip
@@ -85,11 +68,7 @@ def _compiler(s: setup.Setup, train_state, shardings, log):
         if k not in cache:
             log("compiling the training step: seconds to minutes, by the size of the network")
             started = time.perf_counter()
-            batch = experiment.abstract_batch(s.source, t.batch_size)
-            if stacked:
-                batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((k, *a.shape), a.dtype), batch)
-            run = step.several(train_step) if stacked else train_step
-            traced = step.compile_step(run, shardings, s.mesh, leading=int(stacked)).trace(abstract_state, batch)
+            traced = s.program.trace(experiment.abstract_batch(s.source, t.batch_size), steps=k)
             work = flops.count(traced.jaxpr) / k
             cache[k] = traced.lower().compile(), work
             log(f"compiled in {time.perf_counter() - started:.1f} s, {count(work / t.batch_size, 'FLOP')} an image")
@@ -124,7 +103,7 @@ def train(
         end = min(t.steps, stop_at or t.steps)
         val_loss, began = None, time.perf_counter()
         if now < end:
-            compiled = _compiler(s, train_state, shardings, log)
+            compiled = _compiler(s, log)
             validate = Validator(s, shardings) if t.eval_every and s.held_out is not None else None
             draw = Artist(s, writer)
             place = sharding.batch_sharding(s.mesh, leading=int(t.steps_per_dispatch > 1))
@@ -137,7 +116,7 @@ def train(
 
             def record(records):
                 for r in records:
-                    scalars = {**r.scalars, "learning_rate": float(s.learning_rate(r.step - 1))}
+                    scalars = {**r.scalars, "learning_rate": float(s.program.learning_rate(r.step - 1))}
                     writer.write_scalars(r.step, scalars)
                     log(r.line)
 

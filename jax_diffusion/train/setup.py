@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from jax_diffusion import config as configs
 from jax_diffusion import data, experiment, sharding
 from jax_diffusion.errors import UserError
-from jax_diffusion.train import checkpoint, optim, posthoc, state
+from jax_diffusion.train import checkpoint, posthoc, program
 
 # What a resumed run may not change: the same step would mean something else.
 FIXED = ("seed", "condition.", "process.", "model.", "data.", "optim.", "ema.decay", "ema.warmup",
@@ -23,15 +22,23 @@ class Setup(NamedTuple):
 
     config: configs.ConfigDict
     workdir: pathlib.Path
-    mesh: jax.sharding.Mesh
     source: data.Source
     held_out: data.Source | None
-    shape: tuple[int, ...]
     class_names: tuple[str, ...]
-    parts: experiment.Parts
-    optimizer: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    init: Any  # key -> TrainState
+    program: program.Program
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.program.mesh
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return self.program.shape
+
+    @property
+    def parts(self) -> experiment.Parts:
+        return self.program.parts
 
 
 def settle_config(config: configs.ConfigDict | None, workdir: pathlib.Path) -> configs.ConfigDict:
@@ -62,19 +69,17 @@ def prepare(config: configs.ConfigDict, workdir: pathlib.Path) -> Setup:
         if t[field] < 1:
             raise UserError(f"--config.train.{field}={t[field]} must be at least 1")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    sharding.check_batch(mesh, t.batch_size, t.accumulate)
-    optimizer, learning_rate = optim.make(config.optim, t.steps)
+    sharding.check_batch(mesh, t.batch_size, t.accumulate)  # before the data is opened
 
     source = data.load(config.data, "train")
     held_out = data.load(config.data, "eval") if t.eval_every else None
     names = source.class_names if config.data.labels and source.num_classes else ()
     _check_imported(workdir, source.shape, names)
-    parts = experiment.build(config, source.shape, len(names), sharding.activation_constraint(mesh))
-    experiment.default_table(config, parts.process)  # a wrong solver is said now, not at the first samples
+    built = program.build(config, source.shape, len(names), mesh)
+    experiment.default_table(config, built.parts.process)  # a wrong solver is said now, not at the first samples
 
     posthoc.check(config.ema)
-    init = state.make_init(parts.network, optimizer, parts.times, parts.process, len(config.ema.profiles))
-    return Setup(config, workdir, mesh, source, held_out, source.shape, names, parts, optimizer, learning_rate, init)
+    return Setup(config, workdir, source, held_out, names, built)
 
 
 def _check_imported(workdir: pathlib.Path, shape: tuple[int, ...], names: tuple[str, ...]) -> None:

@@ -1,0 +1,86 @@
+"""A run's computations on a mesh, without its data: nothing is allocated until `create` or a compiled step runs.
+
+The trainer, `bench` and `plan` all take the training step from here, so what is timed and planned is what trains.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_diffusion import config as configs
+from jax_diffusion import experiment, sharding
+from jax_diffusion.train import optim, state, step
+
+
+class Program(NamedTuple):
+    """See `build`."""
+
+    config: configs.ConfigDict
+    mesh: jax.sharding.Mesh
+    shape: tuple[int, ...]  # of one sample
+    num_classes: int
+    parts: experiment.Parts
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    init: Callable[[jax.Array], state.TrainState]
+
+    def abstract_state(self) -> tuple[state.TrainState, state.TrainState]:
+        """The state's shapes and types, placed, and its shardings."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        shardings = sharding.tree_shardings(self.mesh, shapes, self.config.mesh.rules)
+        return sharding.abstract(shapes, shardings), shardings
+
+    def create(self, key: jax.Array) -> tuple[state.TrainState, state.TrainState]:
+        """The initial state, made in its shards, and its shardings."""
+        return state.create(self.init, key, self.mesh, self.config.mesh.rules)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of uint8 images and int32 labels. Data that is not images says its own, experiment.abstract_batch."""
+        size = self.config.train.batch_size
+        batch = {"image": jax.ShapeDtypeStruct((size, *self.shape), jnp.uint8)}
+        return batch | ({"label": jax.ShapeDtypeStruct((size,), jnp.int32)} if self.num_classes else {})
+
+    def train_step(self) -> Callable:
+        """(state, batch) -> (state, metrics), not compiled."""
+        c = self.config
+        return step.make_train_step(
+            self.parts.network,
+            self.parts.process,
+            self.parts.times,
+            self.optimizer,
+            seed=c.seed,
+            condition=self.parts.condition,
+            flip=c.data.flip,
+            label_dropout=c.train.label_dropout,
+            accumulate=c.train.accumulate,
+            ema_decay=c.ema.decay,
+            ema_warmup=c.ema.warmup,
+            ema_profiles=c.ema.profiles,
+        )
+
+    def trace(self, batch: dict[str, jax.ShapeDtypeStruct] | None = None, steps: int = 1):
+        """The traced training step: `.jaxpr` to count, `.lower().compile()` to run.
+
+        batch: shapes and types of one batch; None is abstract_batch.  steps: more than one scans over batches
+            [steps, B, ...] in one dispatch, as does config.train.steps_per_dispatch > 1 with any number.
+        """
+        several = steps > 1 or self.config.train.steps_per_dispatch > 1
+        batch = self.abstract_batch() if batch is None else batch
+        run = self.train_step()
+        if several:
+            run = step.several(run)
+            batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((steps, *a.shape), a.dtype), batch)
+        abstract, shardings = self.abstract_state()
+        return step.compile_step(run, shardings, self.mesh, leading=int(several)).trace(abstract, batch)
+
+
+def build(config: configs.ConfigDict, shape: tuple[int, ...], num_classes: int, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a config for samples of `shape` and `num_classes` (0: none). Raises UserError as its parts do."""
+    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
+    optimizer, learning_rate = optim.make(config.optim, config.train.steps)
+    parts = experiment.build(config, shape, num_classes, sharding.activation_constraint(mesh))
+    init = state.make_init(parts.network, optimizer, parts.times, parts.process, len(config.ema.profiles))
+    return Program(config, mesh, tuple(shape), num_classes, parts, optimizer, learning_rate, init)
