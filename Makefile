@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+# Compilers for TPU and NVIDIA, beside and not in $(VENV): the tests' own jax must not find them.
+COMPILERS ?= $(VENV)-aot
+export JAX_DIFFUSION_COMPILERS := $(abspath $(COMPILERS))
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test gates gates-baseline lint clean
 
 help:
 	@echo "make demo   install into $(VENV), train on real 8x8 digits, sample, measure: $(RUN)/samples.png"
 	@echo "make test   install what the tests need into $(VENV) and run lint and tests"
+	@echo "make gates  compile tiny training steps for TPU and NVIDIA, which need not be there, and check them"
 	@echo "make lint   ruff check and ruff format --check"
-	@echo "make clean  remove $(VENV) and caches (runs/ stays)"
+	@echo "make clean  remove $(VENV), $(COMPILERS) and caches (runs/ stays)"
 
 # Stamps, so that a second call installs nothing.
 $(VENV)/.demo: setup.py
@@ -27,6 +31,12 @@ $(VENV)/.test: setup.py
 		ema-pytorch==0.8.3
 	@touch $@ $(VENV)/.demo
 
+$(COMPILERS)/.done: tests/plan/gates/requirements.py $(VENV)/.test
+	rm -rf $(COMPILERS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(COMPILERS) \
+		$$($(BIN)/python tests/plan/gates/requirements.py)
+	@touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/jax-diffusion train --config=digits --workdir=$(RUN)
 	$(BIN)/jax-diffusion sample --workdir=$(RUN) --num=100 --out=$(RUN)/samples.png --trajectory=$(RUN)/film.gif
@@ -37,8 +47,15 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint
+test: lint $(COMPILERS)/.done
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+gates: $(COMPILERS)/.done
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/plan/test_gates_tpu.py tests/plan/test_gates_cuda.py
+
+# After a look at why the figures changed.
+gates-baseline: $(COMPILERS)/.done
+	PYTHONPATH=. $(BIN)/python tests/plan/gates/checks.py
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(COMPILERS) .pytest_cache .ruff_cache build dist *.egg-info

@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "jax_diffusion" / "version.
 
 DATA = ["array_record", "scikit-learn>=1.4"]
 PLOT = ["matplotlib"]
-BENCH = ["torch>=2.6", "diffusers>=0.33"]
+BENCH = [*PLOT, "torch>=2.6", "diffusers>=0.33"]
 
 setup(
     name="jax_diffusion",

@@ -10,9 +10,9 @@ import importlib
 from jax_diffusion.version import __version__
 
 _MODULES = (
-    "bound", "cli", "conditions", "config", "data", "editing", "errors", "evals", "guidance", "interop", "io",
-    "likelihood", "models", "parameterization", "posterior", "process", "schedules", "sharding", "solvers", "timesteps",
-    "train", "weighting",
+    "bound", "caching", "cli", "conditions", "config", "data", "editing", "errors", "evals", "guidance", "interop",
+    "io", "likelihood", "models", "parameterization", "posterior", "process", "schedules", "sharding", "solvers",
+    "timesteps", "train", "weighting",
 )  # fmt: skip
 _NAMES = {
     "Model": "jax_diffusion.model",

@@ -71,6 +71,7 @@ def default() -> ConfigDict:
                 "accumulate": 1,  # microbatches per step
                 "steps_per_dispatch": 1,  # steps compiled into one program
                 "label_dropout": 0.1,  # for classifier-free guidance
+                "rng": "threefry2x32",  # of noise, times and dropout; rbg and unsafe_rbg are faster on TPU and GPU
                 "log_every": 100,
                 "eval_every": 1000,  # 0 never
                 "eval_batches": 8,
@@ -167,7 +168,7 @@ def _cast(field: str, old: Any, new: Any) -> Any:
         new = tuple(new) if isinstance(new, list) else new
         fits = isinstance(new, tuple)
     elif isinstance(old, str):
-        fits, new = True, str(new)
+        fits, new = True, "none" if new is None else str(new)  # a name, as of model.remat
     elif isinstance(old, int) and isinstance(new, float) and new.is_integer():
         fits, new = True, int(new)  # 1e4 steps
     else:
@@ -225,6 +226,7 @@ _GAINED = {
     "process": {"raw_inputs": False},
     "optim": {"hold": 0},
     "ema": {"profiles": (), "snapshot_every": 1000, "snapshot_dtype": "float32"},
+    "train": {"rng": "threefry2x32"},
     "sampling": {"options": {}, "threshold": 0.0},
 }
 

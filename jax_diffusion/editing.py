@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion.errors import UserError, choose
-from jax_diffusion.guidance import Denoised, Denoiser, unpack
+from jax_diffusion.guidance import Denoiser, unpack, wrap
 from jax_diffusion.schedules import Schedule
 from jax_diffusion.solvers import Grid, Table, grids, noise, sample
 from jax_diffusion.solvers.euler import euler
@@ -45,7 +45,7 @@ def replace_known(denoise: Denoiser, known: jax.Array, mask: jax.Array) -> Denoi
         out = unpack(denoise(x, t))
         x0 = jnp.where(mask, known, out.x0)
         v = None if out.v is None else jnp.where(mask, 0.0, out.v)  # the posterior's own variance
-        return Denoised(x0, v, None if out.raw is None else jnp.where(mask, known, out.raw))
+        return out._replace(x0=x0, v=v, raw=None if out.raw is None else jnp.where(mask, known, out.raw))
 
     return replaced
 
@@ -73,7 +73,7 @@ def inpaint(
     start = jnp.where(mask, alpha * known + sigma * eps, jnp.asarray(table.scale, jnp.float32) * eps)
     # The start holds all the noise a table wants, that of its first stage too.
     table = dataclasses.replace(table, C_start=jnp.zeros_like(table.C_start))
-    denoise = replace_known(denoise, known, mask)
+    denoise = wrap(denoise, lambda denoise: replace_known(denoise, known, mask))
     out = sample(key, denoise, table, known.shape[1:], indices=indices, x=start, trajectory=trajectory)
     x, film = out if trajectory else (out, None)
     x = jnp.where(mask, known, x)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_diffusion.attention import differentiable_forward
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.guidance import Denoiser
 from jax_diffusion.posterior import LOG_2PI
@@ -98,7 +99,8 @@ def _slope(denoise, solver, divergence, derivative, keys, x0):
         y, _ = state
 
         def D(y):
-            return solver.frame.denoised(denoise, y, w).astype(jnp.float32)
+            with differentiable_forward():
+                return solver.frame.denoised(denoise, y, w).astype(jnp.float32)
 
         if divergence == "exact":
             d, push = jax.linearize(D, y)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_diffusion import caching, editing, experiment, precision, sharding
 from jax_diffusion import config as configs
-from jax_diffusion import editing, experiment, sharding
 from jax_diffusion.conditions import Condition
 from jax_diffusion.data import augment
 from jax_diffusion.errors import UserError
@@ -25,16 +25,23 @@ def _make_generate(network: Network, process: Gaussian) -> Callable:
     """The one compiled function behind Model.sample. Solver, guidance scale, labels and seed are data.
 
     samples, shared: see guiding.denoiser.  start: {} from noise, {"x"} from a state, {"known", "mask"} inpainting.
+    refreshes: bool [N], of a cache that keeps all but `depth` outer layers; None is no cache.
     """
 
-    def generate(params, key, table, indices, samples, shared, start, *, shape, clip, trajectory, weak):
-        denoise = guiding.denoiser(network.apply, process, params, samples, shared, clipped=clip, weak=weak)
+    def generate(params, key, table, indices, samples, shared, start, refreshes=None, *, shape, clip, trajectory, weak,
+                 depth=0):  # fmt: skip
+        def denoiser(apply):
+            return guiding.denoiser(apply, process, params, samples, shared, clipped=clip, weak=weak)
+
+        denoise = denoiser(network.apply)
+        if refreshes is not None:
+            denoise = caching.remembering(network, denoiser, refreshes, depth)
         options = {"indices": indices, "trajectory": trajectory}
         if "known" in start:
             return editing.inpaint(key, denoise, table, process.schedule, **start, **options)
         return sample(key, denoise, table, shape, **start, **options)
 
-    return jax.jit(generate, static_argnames=("shape", "clip", "trajectory", "weak"))
+    return jax.jit(generate, static_argnames=("shape", "clip", "trajectory", "weak", "depth"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +61,35 @@ class Model:
     def with_params(self, params: Any, step: int) -> "Model":
         """The same model and compiled program with other parameters."""
         return dataclasses.replace(self, params=params, step=step)
+
+    def cast(self, dtype: str) -> "Model":
+        """The same model with its matmuls and convolutions in `dtype`, "bfloat16" or "float32".
+
+        Parameters that are used in that type alone are stored in it, once (precision.py). Norms, softmax, time
+        embedding and the solver's state stay float32. Raises UserError for networks of one type.
+        """
+        if "dtype" not in self.config.model:
+            raise UserError(f"dtype={dtype}: a network {self.config.model.name!r} computes in float32 alone")
+        config = self.config.copy_and_resolve_references()
+        config.model.dtype = dtype
+        parts = experiment.build(config, self.shape, len(self.class_names))
+        params = self.params
+        if dtype != "float32":
+            params = precision.rounded(parts.network.apply, params, self.network_inputs(), dtype)
+        return make(config, params, self.shape, self.class_names, self.step, parts)
+
+    def network_inputs(self, num: int = 1) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, dict]:
+        """Shapes and types of what the network is given for `num` samples: (x, c_noise, cond)."""
+        cond = {}
+        if self.network.num_classes:
+            cond["label"] = jax.ShapeDtypeStruct((num,), jnp.int32)
+        if self.condition is not None:
+            cond["image"] = jax.ShapeDtypeStruct((num, *self.shape[:2], self.condition.channels), jnp.float32)
+        return jax.ShapeDtypeStruct((num, *self.shape), jnp.float32), jax.ShapeDtypeStruct((num,), jnp.float32), cond
+
+    def predicted_speedup(self, cache: caching.Cache, evaluations: int) -> float:
+        """How many times fewer FLOPs a cache makes of so many evaluations."""
+        return caching.predicted_speedup(self.network, self.params, self.network_inputs(), cache, evaluations)
 
     def default_table(self) -> Table:
         """The solver that the recipe samples with."""
@@ -75,6 +111,7 @@ class Model:
         autoguide: Any = None,
         threshold: float | None = None,
         clip: bool | None = None,
+        cache: caching.Cache | int | None = None,
         batch_size: int = 64,
         trajectory: bool = False,
         mesh=None,
@@ -102,6 +139,8 @@ class Model:
                       labels or without (guidance.autoguide).
           threshold:  percentile of dynamic thresholding, in place of clipping; None is the recipe's (mostly none).
           clip:       x0_hat to [-1, 1]; None is the recipe's choice.
+          cache:      run the inner layers at some evaluations only, caching.Cache(every=3, depth=1) or 3; takes a
+                      table, a U-Net or DiT, and guidance neither by interval nor by another network.
           batch_size: samples per call of the compiled program; larger requests run in several calls.
           trajectory: also return x0_hat at every evaluation, [N, num, *shape].
           mesh:       sharding.make_mesh(...); None uses all devices, data parallel.
@@ -113,6 +152,7 @@ class Model:
         batch_size = -(-min(batch_size, num) // parts) * parts
         weak, weak_kind = guiding.weak_network(self, autoguide)
         samples, shared = self._request(num, labels, images, guidance, negative, weak, threshold)
+        refreshes, depth = caching.request(cache, self.network, table, shared)
         begin = self._start(start, known, mask, num)
         if "known" in begin:
             editing.check_table(table)
@@ -126,8 +166,8 @@ class Model:
             inputs = jax.tree.map(lambda v, rows=rows: v[rows], (samples, begin))
             indices, (rows, x) = jax.device_put((indices.astype(np.int32), inputs), place)
             out = self.generate(
-                self.params, key, table, indices, rows, shared, x,
-                shape=self.shape, clip=clip, trajectory=trajectory, weak=weak_kind,
+                self.params, key, table, indices, rows, shared, x, refreshes,
+                shape=self.shape, clip=clip, trajectory=trajectory, weak=weak_kind, depth=depth,
             )  # fmt: skip
             out = _gather(out)
             outputs.append(out[0] if trajectory else out)

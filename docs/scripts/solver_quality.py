@@ -16,9 +16,9 @@ import time
 import jax
 import numpy as np
 import page
+from judge import Judge
 
 import jax_diffusion as jd
-from jax_diffusion.evals import classifier, frechet
 
 # A cosine schedule begins at sigma / alpha = 20,000, from where methods that combine noise predictions explode in
 # so few steps (in diffusers too); they, and Runge-Kutta, begin where EDM does.
@@ -92,26 +92,11 @@ def main() -> None:
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     model = jd.load(args.workdir)
-    sources = {split: jd.data.load(model.config.data, split) for split in ("train", "eval")}
-    real, held_out = (s.batch(np.arange(len(s))) for s in sources.values())
-    for batch in (real, held_out):
-        batch["image"] = np.asarray(jd.data.to_float(batch["image"]))
-    # Compared with images that the classifier has not learned by heart either.
-    half = len(real["image"]) // 2
-    judge = classifier.train(real["image"][:half], real["label"][:half])
-    reference = frechet.moments(judge.features(real["image"][half:]))
-
-    def distance(images):
-        return frechet.from_moments(*frechet.moments(judge.features(images)), *reference)
-
+    judge = Judge(model)
     classes = len(model.class_names)
     asked = np.resize(np.arange(classes), args.num)
-    # As many real images of each class as samples.
-    order = np.random.default_rng(0).permutation(len(held_out["label"]))
-    by_class = [order[held_out["label"][order] == c] for c in range(classes)]
-    real_ones = np.array([by_class[c][i // classes] for i, c in enumerate(asked)])
-    results = {"num": args.num, "classifier_accuracy": judge.accuracy(held_out["image"], held_out["label"]),
-               "real": distance(held_out["image"][real_ones]), "runs": {}}  # fmt: skip
+    results = {"num": args.num, "classifier_accuracy": judge.accuracy(judge.held_out["image"], judge.held_out["label"]),
+               "real": judge.distance(judge.real_ones(args.num)), "runs": {}}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     for label, solver, grid, options, steps in plan():
@@ -127,7 +112,7 @@ def main() -> None:
             np.savez_compressed(kept, images=np.asarray(jd.data.to_uint8(images)), evaluations=len(solver_table))
         with np.load(kept) as arrays:
             images, evaluations = np.asarray(jd.data.to_float(arrays["images"])), int(arrays["evaluations"])
-        run = {"label": label, "evaluations": evaluations, "frechet": distance(images),
+        run = {"label": label, "evaluations": evaluations, "frechet": judge.distance(images),
                "accuracy": judge.accuracy(images, asked)}  # fmt: skip
         results["runs"][f"{label} {steps}"] = run
         if steps == 1000:

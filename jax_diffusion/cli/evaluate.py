@@ -3,6 +3,7 @@
 examples:
   jax-diffusion evaluate --workdir=runs/demo
   jax-diffusion evaluate --workdir=runs/mnist --metrics=accuracy --num=1000 --solver=ddim --steps=50
+  jax-diffusion evaluate --workdir=runs/mnist --steps=50 --cache=3
   jax-diffusion evaluate --workdir=runs/mnist --metrics=bpd --likelihood_images=200
 
 metrics:
@@ -18,6 +19,7 @@ Prints a line a metric and writes WORKDIR/evaluation.json.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -25,7 +27,7 @@ from collections.abc import Sized
 
 import numpy as np
 
-from jax_diffusion.cli import guiding, sample
+from jax_diffusion.cli import guiding, sample, speed
 from jax_diffusion.errors import UserError, choose
 
 LIKELIHOODS = ("bpd", "vlb")
@@ -34,6 +36,7 @@ METRICS = ("accuracy", "frechet", *LIKELIHOODS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_sampling_arguments(parser)
+    speed.add_arguments(parser)
     add = parser.add_argument
     add("--metrics", default="accuracy,frechet", metavar="M[,M...]", help="default: %(default)s")
     add("--num", type=int, default=1000, metavar="N", help="samples drawn (default: %(default)s)")
@@ -120,13 +123,15 @@ def run(options: argparse.Namespace) -> None:
     from jax_diffusion import model as models
 
     metrics = _check(options)
+    cache = speed.cache(options)
     model = models.load(options.workdir, step=options.checkpoint, ema=options.ema, ema_std=options.ema_std)
+    model = speed.cast(options, model)
     if "accuracy" in metrics and not model.class_names:
         raise UserError("--metrics=accuracy needs a class-conditional model; this one has no labels")
     sources = {split: data.load(model.config.data, split) for split in ("train", "eval")}
     results = {"step": model.step}
     if of_samples := [m for m in metrics if m not in LIKELIHOODS]:
-        results |= _of_samples(of_samples, model, sources, options)
+        results |= _of_samples(of_samples, model, sources, options, cache)
     for metric in metrics:
         if metric in LIKELIHOODS:
             line, results[metric] = _likelihood(metric, model, sources, options)
@@ -135,7 +140,7 @@ def run(options: argparse.Namespace) -> None:
     path.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def _of_samples(metrics, model, sources, options) -> dict:
+def _of_samples(metrics, model, sources, options, cache) -> dict:
     """Draws samples and prints a line a metric."""
     import jax
 
@@ -154,6 +159,7 @@ def _of_samples(metrics, model, sources, options) -> dict:
         options.num,
         labels=labels,
         **guidance,
+        cache=cache,
         batch_size=options.batch_size,
         progress=sample.progress_line("sampling", options.num),
     )
@@ -162,6 +168,8 @@ def _of_samples(metrics, model, sources, options) -> dict:
         samples = np.asarray(data.to_float(data.to_uint8(samples)))
     evaluations = len(table) if isinstance(table, Sized) else None  # adaptive steps are each sample's own
     results = {"solver": table.name, "evaluations": evaluations, "guidance": guiding.record(guidance["guidance"])}
+    if cache is not None:
+        results["cache"] = dataclasses.asdict(cache)
     for metric in metrics:
         if metric == "accuracy":
             line, results[metric] = _accuracy(real, held_out, samples, np.resize(labels, options.num))

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 
+from jax_diffusion import runtime
 from jax_diffusion.errors import UserError
 from jax_diffusion.version import __version__
 
@@ -18,6 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 def _parser() -> Parser:
     from jax_diffusion.cli import (
+        bench,
         colorize,
         convert,
         denoise,
@@ -27,6 +29,7 @@ def _parser() -> Parser:
         inpaint,
         interpolate,
         optimize,
+        plan,
         sample,
         train,
         upscale,
@@ -36,7 +39,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     editing = (inpaint, img2img, upscale, colorize, interpolate, denoise)
-    for module in (train, sample, evaluate, ema, optimize, *editing, convert):
+    for module in (train, sample, evaluate, ema, optimize, *editing, convert, plan, bench):
         name = module.__name__.rsplit(".", 1)[1]
         command = commands.add_parser(
             name,
@@ -46,8 +49,18 @@ def _parser() -> Parser:
             allow_abbrev=False,
         )
         module.add_arguments(command)
+        runtime.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    """The command, its compiled programs kept."""
+    before = runtime.compiled()
+    folder = runtime.keep_compiled(options.compile_cache)
+    options.run(options)
+    if options.command != "train" and (runtime.compiled() - before).written:  # training logs it itself
+        print(f"compiled programs are kept in {folder} (--compile_cache=DIR or off)", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,10 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         options, rest = _parser().parse_known_args(arguments)
-        if rest and options.command not in ("train", "convert"):
+        if rest and options.command not in ("train", "convert", "plan", "bench"):
             raise UserError(f"{rest[0]}: unknown argument (see jax-diffusion {options.command} --help)")
         options.overrides = rest
-        options.run(options)
+        _run(options)
     except UserError as e:
         print(f"jax-diffusion: error: {e}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ examples:
   jax-diffusion sample --workdir=runs/mnist --labels=0,1,2 --solver=ddpm --steps=1000 --set variance=fixed_large
   jax-diffusion sample --workdir=runs/mnist --guidance=1,2,4,8 --labels=3 --num=4 --guidance_interval=0.2,5
   jax-diffusion sample --workdir=runs/mnist --guidance=2 --autoguide=runs/mnist:500
+  jax-diffusion sample --workdir=runs/mnist --steps=50 --cache=3 --dtype=bfloat16
   jax-diffusion sample --workdir=runs/mnist --table=six.npz     (from jax-diffusion optimize)
   jax-diffusion sample --workdir=runs/mnist --trajectory=film.gif --npz=samples.npz
 
@@ -18,7 +19,7 @@ import time
 
 import numpy as np
 
-from jax_diffusion.cli import guiding
+from jax_diffusion.cli import guiding, speed
 from jax_diffusion.errors import UserError, check_options
 
 
@@ -60,6 +61,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
+    speed.add_arguments(parser)
     add = parser.add_argument
     add("--num", type=int, metavar="N", help="how many (default: the recipe's)")
     add("--labels", metavar="L[,L...]", help="classes by number or name, repeated in turn; 'none': unconditional "
@@ -180,7 +182,9 @@ def run(options: argparse.Namespace) -> None:
     for name in ("out", "trajectory"):
         if getattr(options, name):
             check_picture(f"--{name}", getattr(options, name))
+    cache = speed.cache(options)
     model = models.load(options.workdir, step=options.checkpoint, ema=options.ema, ema_std=options.ema_std)
+    model = speed.cast(options, model)
     said = model.config.sampling
     num = options.num or said.num
     labels = parse_labels(options.labels, model.class_names)
@@ -193,6 +197,7 @@ def run(options: argparse.Namespace) -> None:
         num,
         labels=labels,
         **guidance,
+        cache=cache,
         batch_size=options.batch_size or said.batch_size,
         trajectory=options.trajectory is not None,
         progress=progress_line("sampling", num),
@@ -211,6 +216,7 @@ def run(options: argparse.Namespace) -> None:
         io.save_film(options.trajectory, film, columns=columns)
         written.append(options.trajectory)
     print(
-        f"{num} samples at step {model.step:,} with {table.name}, {solvers.cost(table)}, in {seconds:.1f} s "
+        f"{num} samples at step {model.step:,} with {table.name}, {solvers.cost(table)}"
+        f"{speed.said(cache, model, table)}, in {seconds:.1f} s "
         f"(compilation included): {', '.join(written)}"
     )

@@ -6,10 +6,13 @@ examples:
   jax-diffusion train --workdir=runs/mnist                 # resume, bit for bit
   jax-diffusion train --workdir=runs/mnist --config.train.steps=9000     # and go on for longer
   jax-diffusion train --config=digits --workdir=runs/x --stop_at=100
+  jax-diffusion train --config=digits --workdir=runs/x --profile=50:55     # what the steps 50 to 54 spend their time on
+  jax-diffusion train --config=digits --workdir=runs/x --measure_peak --compile_cache=off
 
 Any field of the config is set as --config.GROUP.FIELD=VALUE (a component with its options:
 --config.process.schedule=flow --config.process.schedule.shift=2). Ctrl-C saves and says how to resume.
-The workdir holds config.json, metrics.jsonl, tensorboard/, samples/ and checkpoints/.
+The workdir holds config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/ and profile/.
+"mfu" in the log and in metrics.jsonl is the model's FLOP/s over the chips' peak; remat is not counted.
 """
 
 import argparse
@@ -21,20 +24,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="RECIPE", help="a recipe's name or file; without it the run is resumed")
     parser.add_argument("--workdir", metavar="DIR", required=True, help="where the run lives")
     parser.add_argument("--stop_at", metavar="STEP", type=int, help="save and stop at this step, as Ctrl-C would")
+    parser.add_argument("--profile", metavar="START:STOP", help="trace these steps into WORKDIR/profile, for "
+        "TensorBoard and Perfetto")  # fmt: skip
+    parser.add_argument("--measure_peak", action="store_true", help="time matmuls first and give the MFU as a share of "
+        "them (default: of the chip's data sheet; on CPUs none is known)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
     from jax_diffusion import config as configs
     from jax_diffusion.cli import distributed
     from jax_diffusion.model import read_meta
+    from jax_diffusion.train import profiling
     from jax_diffusion.train.loop import train
 
     if options.stop_at is not None and options.stop_at < 1:
         raise UserError(f"--stop_at={options.stop_at} must be at least 1")
+    if options.profile is not None:
+        profiling.parse(options.profile)
     config = configs.resolve(options.config) if options.config else None
     if config is None and options.overrides:
         config, _ = read_meta(options.workdir)
     if config is not None:
         config = configs.override(config, options.overrides)
     distributed.join()
-    train(config, options.workdir, stop_at=options.stop_at, log=lambda line: print(line, flush=True))
+    train(
+        config,
+        options.workdir,
+        stop_at=options.stop_at,
+        profile=options.profile,
+        measure_peak=options.measure_peak,
+        log=lambda line: print(line, flush=True),
+    )

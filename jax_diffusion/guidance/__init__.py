@@ -17,11 +17,13 @@ from jax_diffusion.guidance.denoisers import (
     Conditional,
     Denoised,
     Denoiser,
+    Remembering,
     clip,
     condition,
     dynamic_threshold,
     model_denoiser,
     unpack,
+    wrap,
 )
 from jax_diffusion.guidance.gradients import classifier, reconstruction
 from jax_diffusion.guidance.pairs import Settings, autoguide, classifier_free
@@ -30,6 +32,7 @@ __all__ = [
     "Conditional",
     "Denoised",
     "Denoiser",
+    "Remembering",
     "Settings",
     "autoguide",
     "classifier",
@@ -40,4 +43,5 @@ __all__ = [
     "model_denoiser",
     "reconstruction",
     "unpack",
+    "wrap",
 ]

@@ -16,10 +16,29 @@ class Denoised(NamedTuple):
     x0: jax.Array
     v: jax.Array | None = None  # in [0, 1]: the learned variance between its bounds
     raw: jax.Array | None = None  # x0 before it was clipped
+    state: Any = None  # what is handed to the next evaluation, see Remembering; of any shape
 
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array | Denoised]
 Conditional = Callable[[jax.Array, jax.Array, Any], jax.Array | Denoised]  # (x_t, t, cond) -> x0_hat
+
+
+class Remembering(NamedTuple):
+    """A denoiser with a state that passes from each evaluation to the next, as the rows of a table make them.
+
+    start(x) -> the state before the first evaluation of x [B, ...].
+    given(state) -> Denoiser, whose Denoised.state is the next one.
+    """
+
+    start: Callable[[jax.Array], Any]
+    given: Callable[[Any], Denoiser]
+
+
+def wrap(denoise: Denoiser | Remembering, f: Callable[[Denoiser], Denoiser]) -> Denoiser | Remembering:
+    """f(denoise), of a remembering denoiser too. f must hand on Denoised.state, as all of this package do."""
+    if isinstance(denoise, Remembering):
+        return denoise._replace(given=lambda state: f(denoise.given(state)))
+    return f(denoise)
 
 
 def unpack(out: jax.Array | Denoised) -> Denoised:
@@ -28,12 +47,17 @@ def unpack(out: jax.Array | Denoised) -> Denoised:
 
 
 def model_denoiser(process: Gaussian, apply: Callable, params: Any) -> Conditional:
-    """`(x_t, t, cond) -> x0_hat` of a network. apply(params, x, c_noise, cond) -> prediction."""
+    """`(x_t, t, cond) -> x0_hat` of a network.
+
+    apply(params, x, c_noise, cond) -> prediction, or (prediction, state).
+    """
 
     def denoise(x_t, t, cond):
         inputs, c_noise = process.network_inputs(x_t, t)
-        prediction = apply(params, inputs, c_noise, cond).astype(jnp.float32)
-        return Denoised(process.denoised(prediction, x_t, t), process.split(prediction)[1])
+        out = apply(params, inputs, c_noise, cond)
+        prediction, state = out if isinstance(out, tuple) else (out, None)
+        prediction = prediction.astype(jnp.float32)
+        return Denoised(process.denoised(prediction, x_t, t), process.split(prediction)[1], state=state)
 
     return denoise
 
@@ -48,7 +72,7 @@ def _on_x0(denoise: Denoiser, f: Callable[[jax.Array], jax.Array]) -> Denoiser:
 
     def wrapped(x, t):
         out = unpack(denoise(x, t))
-        return Denoised(f(out.x0), out.v, out.x0 if out.raw is None else out.raw)
+        return out._replace(x0=f(out.x0), raw=out.x0 if out.raw is None else out.raw)
 
     return wrapped
 

@@ -57,4 +57,4 @@ def _shifted(out: Denoised, gradient: jax.Array, x, t, schedule: Schedule, scale
     # Where alpha is 0 (a flow's first point) x_t says nothing of y: no shift.
     weight = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
     shift = per_sample(scale, x) * per_sample(weight, x) * gradient
-    return Denoised(out.x0 + shift, out.v, None if out.raw is None else out.raw + shift)
+    return out._replace(x0=out.x0 + shift, raw=None if out.raw is None else out.raw + shift)

@@ -60,7 +60,7 @@ def classifier_free(
         t2 = jnp.concatenate([t, t]) if jnp.ndim(t) else t
         out = unpack(denoise(jnp.concatenate([x, x]), t2, both))
         good, weak = jnp.split(out.x0, 2)
-        return Denoised(good, None if out.v is None else jnp.split(out.v, 2)[0]), weak
+        return Denoised(good, None if out.v is None else jnp.split(out.v, 2)[0], state=out.state), weak
 
     return _guided(pair, lambda x, t: unpack(denoise(x, t, cond)), settings, parameterization)
 
@@ -87,7 +87,7 @@ def _guided(pair, alone, settings: Settings | Number, parameterization: Paramete
 
     def everywhere(x, t):
         good, weak = pair(x, t)
-        return Denoised(_mix(good.x0, weak, x, t, settings, parameterization), good.v)
+        return Denoised(_mix(good.x0, weak, x, t, settings, parameterization), good.v, state=good.state)
 
     if settings.interval is None:
         return everywhere

@@ -19,7 +19,7 @@ from flax import nnx
 
 from jax_diffusion.errors import UserError
 from jax_diffusion.models import layers, transformer
-from jax_diffusion.models.network import Network, from_module
+from jax_diffusion.models.network import Network, from_module, run_inner
 
 xavier, small, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.normal(0.02), layers.zeros_init()
 
@@ -81,7 +81,7 @@ class DiT(nnx.Module):
         self.head = linear(width, (out_channels + spare_channels) * patch**2, init=zeros, rngs=rngs)
         self.shape, self.out_channels, self.width, self.patch = shape, out_channels, width, patch
         self.num_classes, self.frequency_shift, self.flow_to_data = num_classes, frequency_shift, flow_to_data
-        self.remat, self.unroll, self.dtype, self.constrain = remat, unroll, dtype, constrain
+        self.remat, self.unroll, self.dtype, self.constrain, self.depth = remat, unroll, dtype, constrain, depth
 
     def conditioning(self, c_noise: jax.Array, cond: dict) -> jax.Array:
         """Time and label, [B] -> [B, D] float32."""
@@ -92,18 +92,51 @@ class DiT(nnx.Module):
             c = c + layers.embed_label(self.label, cond, len(c_noise), self.num_classes)
         return c
 
-    def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
+    def blocks(self, h: jax.Array, c: jax.Array, first: int, end: int) -> jax.Array:
+        """Blocks first .. end - 1 of the stack."""
+
+        def body(block, h, _):
+            return self.constrain(block(self.constrain(h), c)), None
+
+        if (first, end) == (0, self.depth):
+            return transformer.scan(body, self.stack, h, remat=self.remat, unroll=self.unroll)[0]
+        graph, state = nnx.split(self.stack)
+        state = nnx.to_pure_dict(state)
+
+        # Taken one by one: a slice of the stack would be copied at every evaluation.
+        def step(h, i):
+            params = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), state)
+            return body(nnx.merge(graph, params), h, None)
+
+        return jax.lax.scan(step, h, jnp.arange(first, end))[0]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        c_noise: jax.Array,
+        cond: dict,
+        key: jax.Array | None,
+        depth: int = 0,  # blocks at either end that are outer layers
+        inner: Callable = run_inner,
+    ) -> jax.Array:
         height, width, _ = self.shape
         c = self.constrain(self.conditioning(c_noise, cond))
         x = layers.with_image(x, cond)
         position = transformer.position_embedding(height // self.patch, width // self.patch, self.width)
         h = self.patch_embed(transformer.patchify(x, self.patch)) + position[None]
         h = self.constrain(h.astype(self.dtype))
+        if depth:
+            h = self.blocks(h, c, 0, depth)
 
-        def body(block, h, _):
-            return self.constrain(block(self.constrain(h), c)), None
+            def residual(h):
+                """What the inner blocks add. In float32, where the sum is the stream they leave, to its last bit."""
+                after = self.blocks(h, c, depth, self.depth - depth)
+                return after.astype(jnp.float32) - h.astype(jnp.float32)
 
-        h, _ = transformer.scan(body, self.stack, h, remat=self.remat, unroll=self.unroll)
+            h = (h + inner(residual, h)).astype(self.dtype)
+            h = self.blocks(h, c, self.depth - depth, self.depth)
+        else:
+            h = self.blocks(h, c, 0, self.depth)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
         h = self.head(modulate(self.norm(h), shift, scale)).astype(jnp.float32)
         out = transformer.unpatchify(h, self.patch, height, width)[..., : self.out_channels]
@@ -164,4 +197,5 @@ def dit(
             constrain=constrain,
         ),
         num_classes,
+        depths=(n.depth - 1) // 2,
     )

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_diffusion.attention import attention
 from jax_diffusion.errors import UserError, choose
-from jax_diffusion.models import layers
+from jax_diffusion.models import layers, norm
 from jax_diffusion.models.magnitude import MPConv, MPFourier, mp_concat, mp_silu, mp_sum, normalize, project
 from jax_diffusion.models.network import Network, from_module
 
@@ -38,7 +39,7 @@ class CosineAttention(nnx.Module):
         b, h, w, c = x.shape
         qkv = self.qkv(x).reshape(b, h * w, 3, self.heads, c // self.heads)
         q, k, v = jnp.moveaxis(normalize(qkv, (-1,)), 2, 0)
-        y = jax.nn.dot_product_attention(q, k, v)  # scaled once, softmax in float32
+        y = attention(q, k, v)
         return mp_sum(x, self.out(y.reshape(b, h, w, c)), self.balance)
 
 
@@ -72,7 +73,7 @@ class Block(nnx.Module):
         self.conv2 = MPConv(cout, cout, 3, **kw)
         self.shortcut = MPConv(cin, cout, **kw) if cin != cout else None
         self.attention = CosineAttention(cout, heads, attention_balance, **kw) if heads else None
-        self.dropout = nnx.Dropout(dropout)
+        self.dropout = dropout
         self.encodes, self.takes_skip, self.balance, self.clip = encodes, takes_skip, residual_balance, clip
         self.resample = {"up": layers.upsample, "down": layers.downsample, None: lambda x: x}[resample]
 
@@ -84,9 +85,7 @@ class Block(nnx.Module):
         y = self.conv1(mp_silu(x))
         scale_BxC = 1 + self.embed(emb_BxE, self.embed_gain[...])
         y = mp_silu(y * scale_BxC[:, None, None].astype(y.dtype))
-        if key is not None:
-            y = self.dropout(y, rngs=key)
-        y = self.conv2(y)
+        y = self.conv2(norm.dropout(y, self.dropout, key))
         if not self.encodes:
             x = narrow(x)
         x = mp_sum(x, y, self.balance)

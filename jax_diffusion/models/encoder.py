@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_diffusion.attention import attention
 from jax_diffusion.errors import choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module
@@ -40,7 +41,7 @@ class AttentionPool(nnx.Module):
         x_BxNxC = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + self.position[...][None]
         qkv = self.qkv(x_BxNxC).reshape(b, h * w + 1, 3, self.heads, c // self.heads)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
-        return self.out(jax.nn.dot_product_attention(q[:, :1], k, v).reshape(b, c))
+        return self.out(attention(q[:, :1], k, v).reshape(b, c))
 
 
 class Encoder(nnx.Module):
@@ -60,7 +61,7 @@ class Encoder(nnx.Module):
         self.hidden = layers.dense(features, HIDDEN, **kw) if spatial else None
         groups = {"groups": make.norm_groups, "eps": make.norm_eps}
         normed = {"spatial": 0, "spatial_v2": HIDDEN}.get(pool, width)
-        self.norm = layers.group_norm(normed, **groups, **kw) if normed else None
+        self.norm = layers.group_norm(normed, **groups) if normed else None
         if pool == "attention":
             stride = 2 ** (len(widths) - 1)
             positions = (shape[0] // stride) * (shape[1] // stride)

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_diffusion.attention import attention
+from jax_diffusion.models.norm import GroupNorm
+
 
 def zeros_init():
     return nnx.initializers.zeros_init()
@@ -62,20 +65,13 @@ def group_count(channels: int, groups: int = 0) -> int:
     return math.gcd(groups or min(32, max(channels // 4, 1)), channels)
 
 
-def group_norm(channels: int, *, groups: int = 0, eps: float = 1e-5, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """GroupNorm in float32 with one-pass statistics; as many groups as divide the channels, up to `groups`.
+def group_norm(channels: int, *, groups: int = 0, eps: float = 1e-5) -> GroupNorm:
+    """GroupNorm with as many groups as divide the channels, up to `groups`.
 
     groups: 0 is 32, fewer where a group would have less than 4 channels (EDM's rule). In a group of one channel
         the norm takes away whatever was added to the whole channel: an added time embedding is lost.
     """
-    return nnx.GroupNorm(
-        channels,
-        num_groups=group_count(channels, groups),
-        epsilon=eps,
-        use_fast_variance=True,
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
+    return GroupNorm(channels, group_count(channels, groups), eps)
 
 
 def conv(cin, cout, size=3, *, stride=1, padding=None, zero=False, dtype=None, rngs) -> nnx.Conv:
@@ -179,7 +175,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.heads, self.scale = heads, scale
-        self.norm = None if groups < 0 else group_norm(channels, groups=groups, eps=eps, rngs=rngs)
+        self.norm = None if groups < 0 else group_norm(channels, groups=groups, eps=eps)
         self.qkv = dense(channels, 3 * channels, dtype=dtype, rngs=rngs)
         self.out = dense(channels, channels, zero=True, dtype=dtype, rngs=rngs)
         self.dtype = dtype
@@ -189,6 +185,6 @@ class Attention(nnx.Module):
         y = x if self.norm is None else self.norm(x)
         qkv = self.qkv(y.reshape(b, h * w, c))
         q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
-        y = jax.nn.dot_product_attention(q, k, v)  # scaled once, softmax in float32
+        y = attention(q, k, v)
         x = x + self.out(y.reshape(b, h * w, c)).reshape(x.shape).astype(x.dtype)
         return x if self.scale == 1 else x / self.scale

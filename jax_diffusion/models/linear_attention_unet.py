@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_diffusion.attention import attention
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module
+from jax_diffusion.models.norm import dropout
 
 TIME_EMBEDDINGS = ("sinusoidal", "learned_fourier", "random_fourier")
 
@@ -83,7 +85,7 @@ class ResBlock(nnx.Module):
         self.embed = layers.dense(embedding, 2 * cout, **kw)
         self.conv1 = layers.conv(cin, cout, **kw)
         self.norm1 = RMSNorm(cout)
-        self.dropout = nnx.Dropout(dropout)
+        self.dropout = dropout
         self.conv2 = layers.conv(cout, cout, **kw)
         self.norm2 = RMSNorm(cout)
         self.shortcut = layers.dense(cin, cout, **kw) if cin != cout else None
@@ -92,9 +94,7 @@ class ResBlock(nnx.Module):
         e = self.embed(jax.nn.silu(emb_BxE))[:, None, None, :].astype(jnp.float32)
         scale, shift = jnp.split(e, 2, axis=-1)
         h = jax.nn.silu(self.norm1(self.conv1(x)) * (scale + 1) + shift)
-        if key is not None:
-            h = self.dropout(h, rngs=key)
-        h = jax.nn.silu(self.norm2(self.conv2(h)))
+        h = jax.nn.silu(self.norm2(self.conv2(dropout(h, self.dropout, key))))
         return h + (x if self.shortcut is None else self.shortcut(x)).astype(h.dtype)
 
 
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         if self.memory is not None:
             extra = jnp.broadcast_to(self.memory[...].astype(k.dtype)[:, None], (2, b, *self.memory.shape[1:]))
             k, v = jnp.concatenate([extra[0], k], 1), jnp.concatenate([extra[1], v], 1)
-        y = linear_attention(q, k, v) if self.linear else jax.nn.dot_product_attention(q, k, v)
+        y = linear_attention(q, k, v) if self.linear else attention(q, k, v)
         y = self.out(y.reshape(b, height, width, -1))
         return x + (y if self.out_norm is None else self.out_norm(y)).astype(x.dtype)
 

@@ -21,6 +21,10 @@ class Network(NamedTuple):
     project(params) -> params: what training does to the parameters after every update (EDM2's forced weight
         normalisation); what `init` gives is projected already. None is nothing.
     log_variance(params, c_noise) -> [B]: the learned log of the expected loss (uncertainty.py); None is none.
+    cached(params, x, c_noise, cond, kept, refresh, *, depth) -> (prediction, kept): the network whose inner layers,
+        all but `depth` at either end, run where `refresh` is true and are else replaced by what was kept of them
+        (caching.py). refresh: bool, Python's or a traced []; kept: None where refresh is True.
+    depths: the largest `depth`; 0 where the network has no `cached`.
     """
 
     init: Callable[[jax.Array], Any]
@@ -28,6 +32,8 @@ class Network(NamedTuple):
     num_classes: int = 0
     project: Callable[[Any], Any] | None = None
     log_variance: Callable[[Any, jax.Array], jax.Array] | None = None
+    cached: Callable[..., tuple[jax.Array, Any]] | None = None
+    depths: int = 0
 
     def parameter_count(self) -> int:
         """How many numbers are learned; nothing is allocated."""
@@ -66,9 +72,16 @@ class _Keys:
 
 
 def from_module(
-    make: Callable[[nnx.Rngs], nnx.Module], num_classes: int = 0, project: Callable[[Any], Any] | None = None
+    make: Callable[[nnx.Rngs], nnx.Module],
+    num_classes: int = 0,
+    project: Callable[[Any], Any] | None = None,
+    depths: int = 0,
 ) -> Network:
-    """The Network of a Flax NNX module called as `module(x, c_noise, cond, key)`."""
+    """The Network of a Flax NNX module called as `module(x, c_noise, cond, key)`.
+
+    depths: above 0, the module also takes `depth` and `inner`: it calls inner(f, h) once for its inner layers f, all
+        but `depth` at either end, and goes on from what that returns: f(h), or an earlier f(h).
+    """
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(_Keys(jax.random.key(0)))))
 
     def init(key):
@@ -79,4 +92,23 @@ def from_module(
         module = nnx.merge(graph, _module_keys(params))
         return module(x, c_noise, cond or {}, key)
 
-    return Network(init, apply, num_classes, project)
+    def cached(params, x, c_noise, cond, kept, refresh, *, depth):
+        new = []
+
+        def inner(f, h):
+            if isinstance(refresh, bool):
+                new.append(f(h) if refresh else kept)
+            else:
+                # A real branch: what is not run costs no time. The predicate is one number for the whole batch.
+                new.append(jax.lax.cond(refresh, f, lambda h: kept, h))
+            return new[0]
+
+        module = nnx.merge(graph, _module_keys(params))
+        return module(x, c_noise, cond or {}, None, depth, inner), new[0]
+
+    return Network(init, apply, num_classes, project, cached=cached if depths > 0 else None, depths=max(depths, 0))
+
+
+def run_inner(f: Callable[[jax.Array], jax.Array], h: jax.Array) -> jax.Array:
+    """The `inner` of a network without a cache, see from_module."""
+    return f(h)

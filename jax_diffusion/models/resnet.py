@@ -11,6 +11,7 @@ from flax import nnx
 
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
+from jax_diffusion.models.norm import activate
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -46,27 +47,27 @@ class ResBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kw = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = layers.group_norm(cin, groups=groups, eps=eps, rngs=rngs)
+        self.norm1 = layers.group_norm(cin, groups=groups, eps=eps)
         self.conv1 = layers.conv(cin, cout, **kw)
         self.embed = layers.dense(embedding, 2 * cout if scale_shift else cout, **kw)
-        self.norm2 = layers.group_norm(cout, groups=groups, eps=eps, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.norm2 = layers.group_norm(cout, groups=groups, eps=eps)
         self.conv2 = layers.conv(cout, cout, zero=True, **kw)
         self.shortcut = layers.conv(cin, cout, 1, **kw) if cin != cout else None
-        self.scale_shift, self.scale, self.activation = scale_shift, scale, ACTIVATIONS[activation]
+        self.scale_shift, self.scale, self.dropout = scale_shift, scale, dropout
+        self.activation = ACTIVATIONS[activation]
         self.resample = {"up": layers.upsample, "down": layers.downsample, None: lambda x: x}[resample]
 
     def __call__(self, x: jax.Array, emb_BxE: jax.Array, key: jax.Array | None) -> jax.Array:
-        h = self.conv1(self.resample(self.activation(self.norm1(x))))
-        e = self.embed(self.activation(emb_BxE))[:, None, None, :].astype(jnp.float32)
+        h = self.resample(activate(x, *self.norm1.affine(x), self.activation))
+        h = self.conv1(h)
+        e_BxC = self.embed(self.activation(emb_BxE)).astype(jnp.float32)
         if self.scale_shift:
-            scale, shift = jnp.split(e, 2, axis=-1)
-            h = self.norm2(h) * (1 + scale) + shift
+            scale, shift = jnp.split(e_BxC, 2, axis=-1)
+            a, b = self.norm2.affine(h)
+            a, b = a * (1 + scale), b * (1 + scale) + shift
         else:
-            h = self.norm2(h.astype(jnp.float32) + e)
-        h = self.activation(h)
-        if key is not None:
-            h = self.dropout(h, rngs=key)
+            a, b = self.norm2.affine(h, e_BxC)
+        h = activate(h, a, b, self.activation, rate=self.dropout, key=key)
         h = self.conv2(h)
         x = self.resample(x)
         if self.shortcut is not None:

@@ -20,6 +20,7 @@ from flax import nnx
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import filters, layers
 from jax_diffusion.models.network import Network, from_module
+from jax_diffusion.models.norm import activate
 from jax_diffusion.models.resnet import check_heads, check_size, level_widths
 
 ROOT_HALF = math.sqrt(0.5)  # of every sum of two branches, which keeps its variance
@@ -54,25 +55,21 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kw = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = layers.group_norm(cin, groups=first_groups, eps=1e-6, rngs=rngs)
+        self.norm1 = layers.group_norm(cin, groups=first_groups, eps=1e-6)
         self.conv1 = layers.conv(cin, cout, **kw)
         self.embed = layers.dense(embedding, cout, **kw)
-        self.norm2 = layers.group_norm(cout, eps=1e-6, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.norm2 = layers.group_norm(cout, eps=1e-6)
         self.conv2 = layers.conv(cout, cout, zero=True, **kw)
         self.shortcut = layers.conv(cin, cout, 1, **kw) if resample or cin != cout else None
         norm = {"groups": attention_groups, "eps": 1e-6}
         self.attention = layers.Attention(cout, heads, scale=1 / ROOT_HALF, **norm, **kw) if heads else None
-        self.resample, self.taps = resample, tuple(taps)
+        self.resample, self.taps, self.dropout = resample, tuple(taps), dropout
 
     def __call__(self, x: jax.Array, emb_BxE: jax.Array, key: jax.Array | None) -> jax.Array:
         resize = {"up": filters.upsample, "down": filters.downsample, None: lambda x, _: x}[self.resample]
-        h = self.conv1(resize(jax.nn.silu(self.norm1(x)), self.taps))
-        h = h.astype(jnp.float32) + self.embed(emb_BxE)[:, None, None, :].astype(jnp.float32)
-        h = jax.nn.silu(self.norm2(h))
-        if key is not None:
-            h = self.dropout(h, rngs=key)
-        h = self.conv2(h)
+        h = self.conv1(resize(activate(x, *self.norm1.affine(x)), self.taps))
+        a, b = self.norm2.affine(h, self.embed(emb_BxE).astype(jnp.float32))
+        h = self.conv2(activate(h, a, b, rate=self.dropout, key=key))
         x = resize(x, self.taps)
         if self.shortcut is not None:
             x = self.shortcut(x)
@@ -133,7 +130,7 @@ class SongUNet(nnx.Module):
                 up.append(block(width + skip, cout, attends and i == blocks, **groups))
                 width = cout
             if decoder == "skip" or level == 0:
-                norms.append(layers.group_norm(width, eps=1e-6, rngs=rngs))
+                norms.append(layers.group_norm(width, eps=1e-6))
                 heads_out.append(layers.conv(width, out_channels, zero=True, rngs=rngs))
         self.down, self.shrink, self.inputs = nnx.List(down), nnx.List(shrink), nnx.List(inputs)
         self.up, self.grow, self.norms, self.heads = map(nnx.List, (up, grow, norms, heads_out))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_diffusion.attention import attention
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
 
@@ -51,7 +52,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, t, d = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
-        y = jax.nn.dot_product_attention(q, k, v)  # scaled once, softmax in float32
+        y = attention(q, k, v)
         return self.out(y.reshape(b, t, d))
 
 

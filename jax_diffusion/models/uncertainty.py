@@ -46,9 +46,13 @@ def with_uncertainty(network: Network, channels: int) -> Network:
         rest = without(params)
         return (rest if network.project is None else network.project(rest)) | {NAME: head.project(params[NAME])}
 
+    def cached(params, *args, **kwargs):
+        return network.cached(without(params), *args, **kwargs)
+
     return network._replace(
         init=init,
         apply=lambda params, *args, **kwargs: network.apply(without(params), *args, **kwargs),
         project=project,
+        cached=cached if network.cached else None,
         log_variance=lambda params, c_noise: head.apply(params[NAME], None, c_noise),
     )

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jax_diffusion.errors import choose
 from jax_diffusion.models import layers
-from jax_diffusion.models.network import Network, from_module
+from jax_diffusion.models.network import Network, from_module, run_inner
 from jax_diffusion.models.resnet import Blocks, block_maker, check_size, level_widths
 
 TIME_EMBEDDINGS = ("sinusoidal", "fourier", "log_fourier")
@@ -58,7 +58,7 @@ class UNet(nnx.Module):
             if level:
                 grow.append(make.resize(width, "up"))
         self.down, self.up, self.grow = nnx.List(down), nnx.List(up), nnx.List(grow)
-        self.norm = layers.group_norm(width, groups=make.norm_groups, eps=make.norm_eps, **kw)
+        self.norm = layers.group_norm(width, groups=make.norm_groups, eps=make.norm_eps)
         self.head = layers.conv(width, out_channels * patch**2, zero=True, **kw)
         self.time_embedding, self.time_scale, self.channels = time_embedding, time_scale, channels
         self.frequencies = {"shift": frequency_shift, "sine_first": sine_first}
@@ -76,24 +76,49 @@ class UNet(nnx.Module):
             e = e + layers.embed_label(self.label, cond, len(c_noise), self.num_classes)
         return e
 
-    def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        c_noise: jax.Array,
+        cond: dict,
+        key: jax.Array | None,
+        depth: int = 1,  # modules of the way up, from its end, that are outer layers; as many of the way down
+        inner: Callable = run_inner,
+    ) -> jax.Array:
         emb = self.embedding(c_noise, cond)
         run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
         x = layers.with_image(x, cond)
         if self.center_input:
             x = 2 * x - 1
         h = self.constrain(self.stem(layers.space_to_depth(x, self.patch)))
+        down, up = list(self.down), list(enumerate(self.up))
         skips = [h]
-        for module in self.down:
-            h = run(module, h)
-            skips.append(h)
-        for module in self.middle:
-            h = run(module, h)
-        for i, module in enumerate(self.up):
-            h = run(module, jnp.concatenate([h, skips.pop()], axis=-1))
-            level_done = (i + 1) % (self.blocks + 1) == 0
-            if level_done and skips:
-                h = run(self.grow[i // (self.blocks + 1)], h)
+
+        def descend(modules, h, skips):
+            for module in modules:
+                h = run(module, h)
+                skips.append(h)
+            return h
+
+        def ascend(modules, h, skips):
+            for i, module in modules:
+                h = run(module, jnp.concatenate([h, skips.pop()], axis=-1))
+                level_done = (i + 1) % (self.blocks + 1) == 0
+                if level_done and i + 1 < len(up):
+                    h = run(self.grow[i // (self.blocks + 1)], h)
+            return h
+
+        def deep(h):
+            """What enters the outer part of the way up (DeepCache: Ma et al. 2024, section 3.2)."""
+            skips = []
+            h = descend(down[depth - 1 :], h, skips)
+            for module in self.middle:
+                h = run(module, h)
+            return ascend(up[:-depth], h, skips)
+
+        h = descend(down[: depth - 1], h, skips)
+        h = inner(deep, h)
+        h = ascend(up[-depth:], h, skips)
         out = self.head(jax.nn.silu(self.norm(h))).astype(jnp.float32)
         out = layers.depth_to_space(out, self.patch)
         return out / c_noise[:, None, None, None] if self.time_embedding == "log_fourier" else out
@@ -182,4 +207,5 @@ def unet(
             constrain=constrain,
         ),
         num_classes,
+        depths=len(widths) * (blocks + 1) - 1,
     )

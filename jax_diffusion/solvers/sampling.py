@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_diffusion.errors import UserError
-from jax_diffusion.guidance import Denoiser
+from jax_diffusion.guidance import Denoiser, Remembering
 from jax_diffusion.solvers import noise
+from jax_diffusion.solvers.table import Table
 
 
 class Solver(Protocol):
@@ -50,7 +51,7 @@ def cost(solver: Solver) -> str:
 
 def sample(
     key: jax.Array,
-    denoise: Denoiser,
+    denoise: Denoiser | Remembering,
     solver: Solver,
     shape: tuple[int, ...],
     *,
@@ -62,7 +63,8 @@ def sample(
 
     Args:
       key:        decides all randomness, together with a sample's index.
-      denoise:    (x_t [B, ...], t []) -> x0_hat [B, ...], or guidance.Denoised.
+      denoise:    (x_t [B, ...], t []) -> x0_hat [B, ...], or guidance.Denoised; for a table also one with a state,
+                  guidance.Remembering.
       solver:     a table, see solvers.make.
       shape:      of one sample, for instance (32, 32, 3).
       indices:    [B] int, which samples of the seed to draw; None is number 0, or 0..B-1 where x is given.
@@ -71,6 +73,8 @@ def sample(
 
     Returns x_0 [B, *shape] float32, or (x_0, trajectory).
     """
+    if isinstance(denoise, Remembering) and not isinstance(solver, Table):
+        raise UserError(f"solver {solver.name!r} is no table of fixed rows: a cache needs one, like ddim or dpmpp_2m")
     indices = jnp.arange(1 if x is None else len(x)) if indices is None else jnp.asarray(indices)
     keys = noise.sample_keys(key, indices)
     if x is None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion.errors import UserError
-from jax_diffusion.guidance import Denoiser, unpack
+from jax_diffusion.guidance import Denoiser, Remembering, unpack
 from jax_diffusion.schedules.base import Schedule
 from jax_diffusion.solvers import noise
 
@@ -137,7 +137,7 @@ class Table:
     def run(
         self,
         keys: jax.Array | None,
-        denoise: Denoiser,
+        denoise: Denoiser | Remembering,
         x: jax.Array,
         trajectory: bool = False,
         *,
@@ -156,16 +156,20 @@ class Table:
 
         n = len(self)
         by_row = jax.tree.map(lambda c: jnp.broadcast_to(jnp.asarray(c, x.dtype), (n, *jnp.shape(c)[1:])), self)
+        state = denoise.start(x) if isinstance(denoise, Remembering) else None
         # Draw 0 was the initial noise.
-        start = x, [jnp.zeros_like(x)] * self.memory, jnp.int32(1)
-        (x, _, _), x0_hats = jax.lax.scan(jax.checkpoint(step) if remat else step, start, by_row, unroll=unroll)
+        start = x, [jnp.zeros_like(x)] * self.memory, jnp.int32(1), state
+        (x, *_), x0_hats = jax.lax.scan(jax.checkpoint(step) if remat else step, start, by_row, unroll=unroll)
         return x, x0_hats
 
 
-def _row(carry: tuple, r: Table, denoise: Denoiser, keys: jax.Array | None):
-    """One row: ((x_n, D_{n-1}.., n) -> (x_{n+1}, D_n.., n+1), D_n). r: its numbers; keys: None adds no noise."""
-    x, history, n = carry
-    d = unpack(denoise(x, r.t))
+def _row(carry: tuple, r: Table, denoise: Denoiser | Remembering, keys: jax.Array | None):
+    """One row: ((x_n, D_{n-1}.., n) -> (x_{n+1}, D_n.., n+1), D_n). r: its numbers; keys: None adds no noise.
+
+    The carry's last is the state of a denoiser that has one, else None.
+    """
+    x, history, n, state = carry
+    d = unpack((denoise.given(state) if isinstance(denoise, Remembering) else denoise)(x, r.t))
     history = [d.x0 + r.P * x, *history][: len(history)]
     new = r.A * x
     for k, h in enumerate(history):
@@ -182,7 +186,7 @@ def _row(carry: tuple, r: Table, denoise: Denoiser, keys: jax.Array | None):
     if keys is not None:
         # Deterministic rows draw no noise: a real branch, since the predicate is one number per row.
         new = jax.lax.cond(r.C > 0, add_noise, lambda new: new, new)
-    return (new, history, n + 1), d.x0
+    return (new, history, n + 1, d.state), d.x0
 
 
 # The name is not part of the pytree: two solvers of as many rows are one compiled program.

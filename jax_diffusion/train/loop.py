@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jax_diffusion import config as configs
-from jax_diffusion import experiment, sharding
+from jax_diffusion import experiment, runtime, sharding
 from jax_diffusion.data import Batches
-from jax_diffusion.train import checkpoint, flops, posthoc, setup, state
+from jax_diffusion.train import checkpoint, flops, posthoc, profiling, setup, state
 from jax_diffusion.train.interrupt import Interrupt
 from jax_diffusion.train.observe import Artist, Validator
 from jax_diffusion.train.report import Meter, count, duration
@@ -57,7 +58,7 @@ def _start(s: setup.Setup, checkpoints: checkpoint.Checkpointer, log):
 
 
 def _compiler(s: setup.Setup, log):
-    """`compiled(k)`: the program for k steps in one dispatch, and the FLOPs of one step."""
+    """`compiled(k)`: the program for k steps in one dispatch, and the work of one step."""
     t, cache = s.config.train, {}
     if jax.default_backend() == "cpu" and (t.steps_per_dispatch > 1 or t.accumulate > 1) and len(s.shape) == 3:
         # Measured: docs/benchmarks.md.
@@ -66,15 +67,33 @@ def _compiler(s: setup.Setup, log):
 
     def compiled(k: int):
         if k not in cache:
-            log("compiling the training step: seconds to minutes, by the size of the network")
-            started = time.perf_counter()
-            traced = s.program.trace(experiment.abstract_batch(s.source, t.batch_size), steps=k)
-            work = flops.count(traced.jaxpr) / k
+            kept = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+            log("compiling the training step: seconds to minutes, by the size of the network; "
+                + (f"kept in {kept}" if kept else "not kept for the next start"))  # fmt: skip
+            started, before = time.perf_counter(), runtime.compiled()
+            batch = experiment.abstract_batch(s.source, t.batch_size)
+            traced = s.program.trace(batch, steps=k)
+            work = flops.of_step(s.program, traced, batch, k)
             cache[k] = traced.lower().compile(), work
-            log(f"compiled in {time.perf_counter() - started:.1f} s, {count(work / t.batch_size, 'FLOP')} an image")
+            how = "read from there" if (runtime.compiled() - before).read else "compiled"
+            again = f" ({count(work.hardware / t.batch_size)} with remat)" if work.hardware > work.model else ""
+            log(f"{how} in {time.perf_counter() - started:.1f} s, {count(work.model / t.batch_size, 'FLOP')} an image"
+                + again)  # fmt: skip
         return cache[k]
 
     return compiled
+
+
+def _peak(s: setup.Setup, measure: bool, log) -> float | None:
+    """FLOP/s that all devices can do at most, which the MFU is a share of; None where neither known nor measured."""
+    devices, dtype = s.mesh.devices.size, s.config.model.get("dtype", "float32")
+    if measure:
+        peak = flops.measured_peak(dtype) * devices
+        log(f"measured: matmuls of {dtype} at {count(peak, 'FLOP/s')} on {devices} device(s), of which MFU is a share")
+        return peak
+    kind = s.mesh.devices.flat[0].device_kind
+    peak = flops.peak(kind, dtype, jax.config.jax_default_matmul_precision)
+    return None if peak is None else peak * devices
 
 
 def train(
@@ -82,11 +101,15 @@ def train(
     workdir: str | pathlib.Path,
     *,
     stop_at: int | None = None,
+    profile: str | None = None,
+    measure_peak: bool = False,
     log: Callable[[str], None] = print,
 ) -> Outcome:
     """Trains until config.train.steps, or `stop_at`, or Ctrl-C; resumes what `workdir` holds.
 
     config: None resumes with the workdir's own.  log: called with each line meant for the user.
+    profile: "START:STOP", the steps to trace (profiling.Profile).
+    measure_peak: the MFU is of matmuls timed here, instead of the chip's data sheet.
     Raises UserError for whatever the user can mend.
     """
     workdir = pathlib.Path(workdir)
@@ -102,6 +125,7 @@ def train(
         now = int(train_state.step)
         end = min(t.steps, stop_at or t.steps)
         val_loss, began = None, time.perf_counter()
+        tracer = profiling.Profile(profile, now, end, workdir / "profile", log)
         if now < end:
             compiled = _compiler(s, log)
             validate = Validator(s, shardings) if t.eval_every and s.held_out is not None else None
@@ -112,18 +136,24 @@ def train(
                 steps_per_dispatch=t.steps_per_dispatch, sharding=place, stop_step=end,
             )  # fmt: skip
             _, work = compiled(min(t.steps_per_dispatch, end - now))
-            meter = Meter(t.steps, t.batch_size, work)
+            meter = Meter(t.steps, t.batch_size, work.model, _peak(s, measure_peak, log))
+            # Queued behind the steps and fetched with their metrics: nothing in the loop waits for the devices.
+            rate = jax.jit(s.program.learning_rate)
 
-            def record(records):
-                for r in records:
-                    scalars = {**r.scalars, "learning_rate": float(s.program.learning_rate(r.step - 1))}
-                    writer.write_scalars(r.step, scalars)
+            def record(close, now):
+                after = {"learning_rate": rate(jax.device_put(np.int32(now - 1)))}
+                for r in close(now, input_wait=batches.wait_share, **after):
+                    writer.write_scalars(r.step, r.scalars)
                     log(r.line)
 
-            with batches:
+            with batches, tracer:
+                tracer.turn(now)
+                meter.restart_clock()
                 for _, batch in batches:
                     k = min(t.steps_per_dispatch, end - now)
-                    train_state, metrics = compiled(k)[0](train_state, batch)
+                    run = compiled(k)[0]
+                    with profiling.step(now):
+                        train_state, metrics = run(train_state, batch)
                     meter.add(k, metrics)
                     before, now = now, now + k
                     last = now >= end or interrupt.requested
@@ -131,11 +161,11 @@ def train(
                     draws = due(t.sample_every, before, now) or (t.sample_every and now == t.steps)
                     saves = due(t.checkpoint_every, before, now) or last
                     keeps = s.config.ema.profiles and (due(s.config.ema.snapshot_every, before, now) or now == t.steps)
-                    pauses = evaluates or draws or saves or keeps
+                    pauses = evaluates or draws or saves or keeps or tracer.due(now)
                     if due(t.log_every, before, now) or pauses:
-                        close = meter.flush if pauses else meter.roll
-                        record(close(now, input_wait=batches.wait_share))
+                        record(meter.flush if pauses else meter.roll, now)
                     if pauses:
+                        tracer.turn(now)
                         if evaluates:
                             val_loss = validate(train_state.ema)
                             writer.write_scalars(now, {"val_loss": val_loss})

@@ -52,6 +52,7 @@ class Program(NamedTuple):
             self.parts.times,
             self.optimizer,
             seed=c.seed,
+            rng=c.train.rng,
             condition=self.parts.condition,
             flip=c.data.flip,
             label_dropout=c.train.label_dropout,
@@ -82,5 +83,6 @@ def build(config: configs.ConfigDict, shape: tuple[int, ...], num_classes: int, 
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
     optimizer, learning_rate = optim.make(config.optim, config.train.steps)
     parts = experiment.build(config, shape, num_classes, sharding.activation_constraint(mesh))
-    init = state.make_init(parts.network, optimizer, parts.times, parts.process, len(config.ema.profiles))
+    # Jitted here, because then shapes, shardings and the initial state itself trace it once among them.
+    init = jax.jit(state.make_init(parts.network, optimizer, parts.times, parts.process, len(config.ema.profiles)))
     return Program(config, mesh, tuple(shape), num_classes, parts, optimizer, learning_rate, init)

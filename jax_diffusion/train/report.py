@@ -35,8 +35,9 @@ class Meter:
     # Dispatches the host may be ahead: enough to keep the devices busy, few enough that its clock is theirs.
     IN_FLIGHT = 2
 
-    def __init__(self, total_steps: int, batch_size: int, flops_per_step: float):
-        self.total_steps, self.batch_size, self.flops = total_steps, batch_size, flops_per_step
+    def __init__(self, total_steps: int, batch_size: int, flops_per_step: float, peak: float | None = None):
+        """flops_per_step: of the model (flops.Work).  peak: FLOP/s of all devices, for the MFU; None is not known."""
+        self.total_steps, self.batch_size, self.flops, self.peak = total_steps, batch_size, flops_per_step, peak
         self._current: list[tuple[int, Any]] = []
         self._pending: tuple[int, list, float, dict] | None = None  # step, dispatches, seconds, extra
         self._clock = time.perf_counter()  # when the current period began
@@ -47,14 +48,14 @@ class Meter:
         if len(self._current) > self.IN_FLIGHT:
             jax.block_until_ready(self._current[-1 - self.IN_FLIGHT][1])
 
-    def roll(self, step: int, **extra: float) -> list[Record]:
-        """Ends a period at `step` and returns the one before it."""
+    def roll(self, step: int, **extra: Any) -> list[Record]:
+        """Ends a period at `step` and returns the one before it. extra: numbers, or arrays still on the device."""
         now = time.perf_counter()
         before, self._pending = self._pending, (step, self._current, now - self._clock, extra)
         self._current, self._clock = [], now
         return [self._finish(*before)] if before else []
 
-    def flush(self, step: int, **extra: float) -> list[Record]:
+    def flush(self, step: int, **extra: Any) -> list[Record]:
         """Waits for the devices and returns all that is left, the current period included."""
         jax.block_until_ready([m for _, m in self._current])
         out = self.roll(step, **extra) if self._current else []
@@ -69,18 +70,20 @@ class Meter:
 
     def _finish(self, step: int, dispatches: list, seconds: float, extra: dict) -> Record:
         steps = np.array([n for n, _ in dispatches])
-        values = jax.device_get([m for _, m in dispatches])
+        values, extra = jax.device_get(([m for _, m in dispatches], extra))
         rate = steps.sum() / max(seconds, 1e-9)
         mean = {k: float(np.average([v[k] for v in values], weights=steps)) for k in values[0]}
         scalars = {
             **mean,
             "images_per_s": rate * self.batch_size,
             "flops_per_s": rate * self.flops,
-            **extra,
+            **({"mfu": rate * self.flops / self.peak} if self.peak else {}),
+            **{k: float(v) for k, v in extra.items()},
         }
+        used = f"  MFU {scalars['mfu']:.1%}" if self.peak else ""
         left = duration((self.total_steps - step) / rate)
         line = (
             f"step {step:>{len(f'{self.total_steps:,}')},}/{self.total_steps:,}  loss {mean['loss']:.4f}  "
-            f"{count(scalars['images_per_s'], 'img/s')}  {count(scalars['flops_per_s'], 'FLOP/s')}  ETA {left}"
+            f"{count(scalars['images_per_s'], 'img/s')}  {count(scalars['flops_per_s'], 'FLOP/s')}{used}  ETA {left}"
         )
         return Record(step, scalars, line)

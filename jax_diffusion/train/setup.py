@@ -9,12 +9,12 @@ import numpy as np
 
 from jax_diffusion import config as configs
 from jax_diffusion import data, experiment, sharding
-from jax_diffusion.errors import UserError
-from jax_diffusion.train import checkpoint, posthoc, program
+from jax_diffusion.errors import UserError, choose
+from jax_diffusion.train import checkpoint, posthoc, program, step
 
 # What a resumed run may not change: the same step would mean something else.
 FIXED = ("seed", "condition.", "process.", "model.", "data.", "optim.", "ema.decay", "ema.warmup",
-         "ema.profiles", "train.batch_size", "train.label_dropout")  # fmt: skip
+         "ema.profiles", "train.batch_size", "train.label_dropout", "train.rng")  # fmt: skip
 
 
 class Setup(NamedTuple):
@@ -68,6 +68,7 @@ def prepare(config: configs.ConfigDict, workdir: pathlib.Path) -> Setup:
     for field in ("steps", "batch_size", "accumulate", "steps_per_dispatch", "log_every", "checkpoint_every"):
         if t[field] < 1:
             raise UserError(f"--config.train.{field}={t[field]} must be at least 1")
+    choose("--config.train.rng", t.rng, step.GENERATORS)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, t.batch_size, t.accumulate)  # before the data is opened
 

@@ -24,6 +24,10 @@ from jax_diffusion.process import Gaussian
 from jax_diffusion.train import ema as ema_lib
 from jax_diffusion.train.state import TrainState
 
+# Of jax.random. Threefry's numbers are the same on every platform, mesh and version; the others are XLA's own
+# RngBitGenerator (unsafe_rbg splits keys with it too), which is faster and promises none of that.
+GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
+
 Batch = dict[str, jax.Array]  # "image" [B, H, W, C] uint8 or float, "label" [B] int32, "cond_image" [B, ...]
 
 
@@ -69,6 +73,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
+    rng: str = "threefry2x32",  # of GENERATORS
     condition: Condition | None = None,
     flip: bool = False,
     label_dropout: float = 0.0,
@@ -90,7 +95,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch):
         # The stream starts at the seed; init uses the seed's own key, hence the fold by step + 1.
-        key = jax.random.fold_in(jax.random.key(seed), state.step + 1)
+        key = jax.random.fold_in(jax.random.key(seed, impl=rng), state.step + 1)
         k_flip, k_time, k_noise, k_label, k_dropout = jax.random.split(key, 5)
         x0 = augment.to_float(batch["image"])
         if flip:

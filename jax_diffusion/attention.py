@@ -1,0 +1,44 @@
+"""Softmax attention by the fastest implementation of the platform that a program is compiled for."""
+
+import contextlib
+import contextvars
+import functools
+
+import jax
+
+_forward_mode = contextvars.ContextVar("forward_mode", default=False)
+
+_cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+
+
+@functools.cache
+def _cudnn_takes(query: tuple[int, ...], memory: tuple[int, ...], dtype) -> bool:
+    """Whether JAX can trace cuDNN's attention of these shapes; what it takes is JAX's to know."""
+    q, k = jax.ShapeDtypeStruct(query, dtype), jax.ShapeDtypeStruct(memory, dtype)
+    try:
+        jax.eval_shape(_cudnn, q, k, k)
+    except (RuntimeError, NotImplementedError, ValueError):  # not installed; not of 16 bits, or the heads' width
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def differentiable_forward():
+    """Within it, `attention` is traced to what forward-mode differentiation takes: cuDNN's has a reverse mode only."""
+    token = _forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _forward_mode.reset(token)
+
+
+def attention(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v for each head, [B, T, N, D]; the softmax in float32.
+
+    cuDNN's where the program is compiled for NVIDIA and it takes the shapes (bfloat16, heads of a multiple of 8),
+    which never stores the T x S weights; else XLA's.
+    """
+    q, k, v = q_BxTxNxD, k_BxSxNxD, v_BxSxNxD
+    if _forward_mode.get() or not _cudnn_takes(q.shape, k.shape, q.dtype):
+        return jax.nn.dot_product_attention(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=jax.nn.dot_product_attention)

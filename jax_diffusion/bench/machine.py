@@ -1,0 +1,61 @@
+"""What this is measured on, and whether something else runs there."""
+
+import hashlib
+import os
+import pathlib
+import platform
+import threading
+import time
+from typing import Any
+
+BUSY = 0.85  # of the cores: with less, other work is going on
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe() -> dict[str, Any]:
+    """Of the host; the workers add the device."""
+    model = ""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        pass
+    return {
+        "system": platform.platform(),
+        "processor": model or platform.processor(),
+        "cores": cores(),
+        "python": platform.python_version(),
+    }
+
+
+def free_share(threads: int, seconds: float = 0.4) -> float:
+    """How much of so many cores this process gets: near 1 where nothing else runs."""
+    data, used = bytes(1 << 18), []
+
+    def work() -> None:
+        began, end = time.thread_time(), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            hashlib.sha256(data)  # lets go of Python's lock
+        used.append(time.thread_time() - began)
+
+    running = [threading.Thread(target=work) for _ in range(threads)]
+    started = time.perf_counter()
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return min(sum(used) / (threads * (time.perf_counter() - started)), 1.0)
+
+
+def patience(share: float) -> dict[str, str]:
+    """The environment in which PyTorch's threads wait for each other.
+
+    On free cores its own default, spinning, is the fastest. Where other processes take the cores it is slower by 10 to
+    100 times (measured), since a thread spins while the one it waits for has none: there it sleeps.
+    """
+    said = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    return {} if said or share >= BUSY else {"OMP_WAIT_POLICY": "passive"}
