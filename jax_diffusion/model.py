@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import caching, editing, experiment, precision, sharding
+from jax_diffusion import caching, editing, experiment, lowering, precision, sharding
 from jax_diffusion import config as configs
 from jax_diffusion.conditions import Condition
 from jax_diffusion.data import augment
@@ -21,7 +21,7 @@ from jax_diffusion.process import Gaussian
 from jax_diffusion.solvers import Table, sample
 
 
-def _make_generate(network: Network, process: Gaussian) -> Callable:
+def _make_generate(network: Network, process: Gaussian, platform: str | None) -> Callable:
     """The one compiled function behind Model.sample. Solver, guidance scale, labels and seed are data.
 
     samples, shared: see guiding.denoiser.  start: {} from noise, {"x"} from a state, {"known", "mask"} inpainting.
@@ -41,7 +41,7 @@ def _make_generate(network: Network, process: Gaussian) -> Callable:
             return editing.inpaint(key, denoise, table, process.schedule, **start, **options)
         return sample(key, denoise, table, shape, **start, **options)
 
-    return jax.jit(generate, static_argnames=("shape", "clip", "trajectory", "weak", "depth"))
+    return lowering.jit(generate, platform, static_argnames=("shape", "clip", "trajectory", "weak", "depth"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -279,9 +279,9 @@ def _gather(x):
     return jax.device_get(x)
 
 
-def make(config, params, shape, class_names, step: int, parts: experiment.Parts) -> Model:
-    """A Model around parameters one already has."""
-    generate = _make_generate(parts.network, parts.process)
+def make(config, params, shape, class_names, step: int, parts: experiment.Parts, platform: str | None = None) -> Model:
+    """A Model around parameters one already has. platform: it is compiled for; None is the default backend's."""
+    generate = _make_generate(parts.network, parts.process, platform)
     return Model(
         config, parts.network, parts.process, params, tuple(shape), tuple(class_names), step, generate, parts.condition
     )

@@ -146,7 +146,8 @@ class EDM2(nnx.Module):
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
         emb = self.embedding(c_noise, cond)
-        run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
+        calls = len(self.encoder) + len(self.decoder)
+        run = layers.in_turn(emb, key, calls, remat=self.remat, constrain=self.constrain)
         h = jnp.concatenate([layers.with_image(x, cond), jnp.ones_like(x[..., :1])], axis=-1)
         h = self.constrain(self.stem(h))
         skips = [h]

@@ -75,8 +75,9 @@ class Encoder(nnx.Module):
         emb = self.time2(jax.nn.silu(self.time1(layers.sinusoidal_embedding(c_noise, self.channels))))
         h = self.constrain(self.stem(x))
         seen = [h]
-        run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
-        for module in [*self.down, *self.middle]:
+        modules = [*self.down, *self.middle]
+        run = layers.in_turn(emb, key, len(modules), remat=self.remat, constrain=self.constrain)
+        for module in modules:
             h = run(module, h)
             seen.append(h)
         h = h.astype(jnp.float32)

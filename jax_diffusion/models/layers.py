@@ -1,6 +1,5 @@
 """Layers shared by the networks. Parameters and statistics are float32; `dtype` is what matmuls run in."""
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -11,6 +10,8 @@ from flax import nnx
 
 from jax_diffusion.attention import attention
 from jax_diffusion.models.norm import GroupNorm
+
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def zeros_init():
@@ -107,15 +108,16 @@ def embed_label(embed: nnx.Embed, cond: dict, batch: int, num_classes: int) -> j
     return jnp.where((label < num_classes)[:, None], embed(jnp.minimum(label, num_classes - 1)), 0.0)
 
 
-def in_turn(emb: jax.Array, key: jax.Array | None, *, remat: bool, constrain: Callable) -> Callable:
-    """`run(module, x)`, constrain(module(x, emb, k)) with a dropout key k for each call, numbered in their order.
+def in_turn(emb: jax.Array, key: jax.Array | None, calls: int, *, remat: bool, constrain: Callable) -> Callable:
+    """`run(module, x)`, constrain(module(x, emb, k)) with a dropout key k for each of `calls` calls, in their order.
 
     key: None switches dropout off.  remat: what the modules hold is computed again in the backward pass.
     """
-    numbers = itertools.count()
+    # All at once: each alone would be a hundred scalar operations.
+    keys = iter([None] * calls if key is None else jax.random.split(key, calls))
 
     def run(module: Callable, x: jax.Array) -> jax.Array:
-        k = None if key is None else jax.random.fold_in(key, next(numbers))
+        k = next(keys)
         call = jax.checkpoint(module) if remat else module
         return constrain(call(x, emb, k))
 
@@ -131,6 +133,38 @@ def upsample(x: jax.Array) -> jax.Array:
     """Nearest neighbour, twice the size, as a broadcast: no gather. [B, H, W, C] -> [B, 2H, 2W, C]."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def conv_of_upsampled(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """conv(upsample(x)) for a 3x3 convolution that keeps the size. [B, H, W, C] -> [B, 2H, 2W, out].
+
+    On CPUs as four 2x2 convolutions of x, one for each parity of row and column: of the 3x3 pixels that an output sees
+    some are copies of one another, whose weights add up. 4/9 of the products, and nothing is copied. Elsewhere a
+    bandwidth, not the products, is likely to bound it, and there it was not measured.
+    """
+
+    def plainly(x, kernel, bias):
+        y = jax.lax.conv_general_dilated(upsample(x), kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+        return y + bias[None, None, None]
+
+    def by_parity(x, kernel, bias):
+        b, h, w, _ = x.shape
+
+        def merged(k, parity, axis):  # rows (or columns) -1, 0, 1 of the large image, on those of the small one
+            first, middle, last = jnp.split(k, 3, axis)
+            return jnp.concatenate([first + middle, last] if parity else [first, middle + last], axis)
+
+        def convolve(row, column):
+            k = merged(merged(kernel, row, 0), column, 1)
+            pads = ((1 - row, row), (1 - column, column))
+            return jax.lax.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NHWC) + bias[None, None, None]
+
+        y = jnp.stack([jnp.stack([convolve(i, j) for j in (0, 1)], axis=3) for i in (0, 1)], axis=2)
+        return y.reshape(b, 2 * h, 2 * w, -1)
+
+    dtype = conv.dtype or jnp.result_type(x, conv.kernel[...])
+    x, kernel, bias = x.astype(dtype), conv.kernel[...].astype(dtype), conv.bias[...].astype(dtype)
+    return jax.lax.platform_dependent(x, kernel, bias, cpu=by_parity, default=plainly)
 
 
 def downsample(x: jax.Array) -> jax.Array:

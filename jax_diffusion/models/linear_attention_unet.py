@@ -204,7 +204,8 @@ class LinearAttentionUNet(nnx.Module):
         emb = self.time(c_noise)
         if self.label is not None:
             emb = jnp.concatenate([emb, self.label(cond, len(c_noise))], -1)
-        block = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
+        calls = 2 * len(self.down) + 2 + 2 * len(self.up) + 1
+        block = layers.in_turn(emb, key, calls, remat=self.remat, constrain=self.constrain)
 
         def plain(module, x):
             return self.constrain((jax.checkpoint(module) if self.remat else module)(x))

@@ -54,12 +54,12 @@ class ResBlock(nnx.Module):
         self.conv2 = layers.conv(cout, cout, zero=True, **kw)
         self.shortcut = layers.conv(cin, cout, 1, **kw) if cin != cout else None
         self.scale_shift, self.scale, self.dropout = scale_shift, scale, dropout
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.up = ACTIVATIONS[activation], resample == "up"
         self.resample = {"up": layers.upsample, "down": layers.downsample, None: lambda x: x}[resample]
 
     def __call__(self, x: jax.Array, emb_BxE: jax.Array, key: jax.Array | None) -> jax.Array:
-        h = self.resample(activate(x, *self.norm1.affine(x), self.activation))
-        h = self.conv1(h)
+        h = activate(x, *self.norm1.affine(x), self.activation)
+        h = layers.conv_of_upsampled(self.conv1, h) if self.up else self.conv1(self.resample(h))
         e_BxC = self.embed(self.activation(emb_BxE)).astype(jnp.float32)
         if self.scale_shift:
             scale, shift = jnp.split(e_BxC, 2, axis=-1)
@@ -109,7 +109,7 @@ class Resample(nnx.Module):
     def __call__(self, x, emb, key):
         if self.conv is None:
             return layers.upsample(x) if self.up else layers.downsample(x)
-        return self.conv(layers.upsample(x) if self.up else x)
+        return layers.conv_of_upsampled(self.conv, x) if self.up else self.conv(x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,7 +162,8 @@ class SongUNet(nnx.Module):
         if self.score:
             noise = jnp.log(noise / 2 if self.unit_range else noise)
         emb = self.embedding(noise, cond)
-        run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
+        calls = sum(map(len, (self.down, self.shrink, self.middle, self.grow, self.up)))
+        run = layers.in_turn(emb, key, calls, remat=self.remat, constrain=self.constrain)
         x = layers.with_image(x, cond)
         pyramid, h = x, self.constrain(self.stem(x))
         skips = [h]

@@ -17,6 +17,7 @@ from flax import nnx
 from jax_diffusion.errors import choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module, run_inner
+from jax_diffusion.models.norm import activate
 from jax_diffusion.models.resnet import Blocks, block_maker, check_size, level_widths
 
 TIME_EMBEDDINGS = ("sinusoidal", "fourier", "log_fourier")
@@ -86,7 +87,8 @@ class UNet(nnx.Module):
         inner: Callable = run_inner,
     ) -> jax.Array:
         emb = self.embedding(c_noise, cond)
-        run = layers.in_turn(emb, key, remat=self.remat, constrain=self.constrain)
+        calls = sum(map(len, (self.down, self.middle, self.up, self.grow)))
+        run = layers.in_turn(emb, key, calls, remat=self.remat, constrain=self.constrain)
         x = layers.with_image(x, cond)
         if self.center_input:
             x = 2 * x - 1
@@ -119,7 +121,7 @@ class UNet(nnx.Module):
         h = descend(down[: depth - 1], h, skips)
         h = inner(deep, h)
         h = ascend(up[-depth:], h, skips)
-        out = self.head(jax.nn.silu(self.norm(h))).astype(jnp.float32)
+        out = self.head(activate(h.astype(jnp.float32), *self.norm.affine(h))).astype(jnp.float32)
         out = layers.depth_to_space(out, self.patch)
         return out / c_noise[:, None, None, None] if self.time_embedding == "log_fourier" else out
 

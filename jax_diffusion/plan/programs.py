@@ -58,7 +58,8 @@ def shard_bytes(tree: Any) -> int:
 def sampler(config: configs.ConfigDict, shape: tuple[int, ...], classes: int, mesh, batch: int) -> tuple[int, Any]:
     """(bytes of the parameters, trace) of the recipe's sampling of `batch` samples: its solver, steps and guidance."""
     parts = experiment.build(config, shape, classes)
-    made = model.make(config, None, shape, tuple(map(str, range(classes))), 0, parts)
+    made = model.make(config, None, shape, tuple(map(str, range(classes))), 0, parts,
+                      mesh.devices.flat[0].platform)  # fmt: skip
     cond = {"label": np.zeros(batch, np.int32)} if classes else {}
     if parts.condition is not None:
         cond["image"] = np.zeros((batch, *shape[:-1], parts.condition.channels), np.float32)

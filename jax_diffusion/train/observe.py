@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jax_diffusion import io, sharding
+from jax_diffusion import io, lowering, sharding
 from jax_diffusion import model as models
 from jax_diffusion.data import augment
 from jax_diffusion.train.setup import Setup, eval_indices
@@ -21,7 +21,7 @@ class Validator:
         step = make_eval_step(
             s.parts.network, s.parts.process, s.parts.times, seed=s.config.seed, condition=s.parts.condition
         )
-        self._step = jax.jit(step, in_shardings=(shardings.ema, place, None))
+        self._step = lowering.jit(step, in_shardings=(shardings.ema, place, None))
         self._batch = lambda i: jax.device_put(s.held_out.batch(eval_indices(n, t.batch_size, i)), place)
 
     def __call__(self, ema) -> float:

@@ -1,0 +1,50 @@
+"""How XLA is asked to compile on each platform; every entry was measured (docs/benchmarks.md)."""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# On CPUs XLA hands convolutions to YNNPACK, which runs those of large images on one core and the gradients of all at
+# half of Eigen's rate. Matrix products and sums stay with it.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+    },
+}
+
+
+@functools.cache
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """Of OPTIONS what this version of XLA knows, for jax.jit; None where there is nothing to ask for."""
+    if platform not in OPTIONS:
+        return None
+    try:
+        jax.jit(lambda: 0, compiler_options=OPTIONS[platform]).lower().compile()
+    except Exception:  # an option of another version: XLA names it in errors of several types
+        return None
+    return OPTIONS[platform]
+
+
+def jit(function: Callable, platform: str | None = None, **options: Any) -> Callable:
+    """jax.jit with the compiler options of a platform; None is the default backend's."""
+    return jax.jit(function, compiler_options=compiler_options(platform or jax.default_backend()), **options)
+
+
+# glibc's <malloc.h>
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+
+
+def keep_memory() -> bool:
+    """Lets this process keep the memory that it frees; False where the C library cannot be asked.
+
+    On CPUs XLA allocates a program's intermediate results, hundreds of megabytes, anew for each call. glibc takes such
+    blocks from the system and gives them back, and every page is zeroed again: up to a third of a training step.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 64 << 20)])
+    return False
