@@ -1,6 +1,7 @@
 """How XLA is asked to compile on each platform; every entry was measured (docs/benchmarks.md)."""
 
 import contextlib
+import contextvars
 import ctypes
 import functools
 from collections.abc import Callable
@@ -34,17 +35,38 @@ def jit(function: Callable, platform: str | None = None, **options: Any) -> Call
     return jax.jit(function, compiler_options=compiler_options(platform or jax.default_backend()), **options)
 
 
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str):
+    """What is traced within is meant for `platform`, wherever this process runs: see `target`."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def target() -> str:
+    """The platform that is traced for: "cpu", "gpu", "cuda", "tpu". For choices that lax.platform_dependent, which
+    chooses a lowering, cannot make: what is kept for the gradient."""
+    return _target.get() or jax.default_backend()
+
+
 # glibc's <malloc.h>
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
-def keep_memory() -> bool:
-    """Lets this process keep the memory that it frees; False where the C library cannot be asked.
+def keep_memory(platform: str) -> bool:
+    """Lets a process that computes on CPUs keep the memory that it frees; False where it does not or cannot.
 
     On CPUs XLA allocates a program's intermediate results, hundreds of megabytes, anew for each call. glibc takes such
     blocks from the system and gives them back, and every page is zeroed again: up to a third of a training step.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    if platform != "cpu":
+        return False
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 64 << 20)])
     return False

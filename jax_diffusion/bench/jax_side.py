@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion import model as models
-from jax_diffusion import runtime, sharding
+from jax_diffusion import lowering, runtime, sharding
 from jax_diffusion.bench import cases, worker
 from jax_diffusion.data import augment
 from jax_diffusion.errors import UserError
@@ -52,6 +52,7 @@ class Side:
         if compile_cache != "off":
             runtime.keep_compiled(compile_cache)
         device = jax.devices()[0]
+        lowering.keep_memory(device.platform)
         return {
             "platform": jax.default_backend(),
             "device": device.device_kind,
@@ -191,7 +192,7 @@ class Side:
             return net.apply(params, *p.network_inputs(x, t), {"label": label} if net.num_classes else {})
 
         arguments = (self._copied(), *(jnp.asarray(given[k]) for k in ("x", "t", "label")))
-        traced = jax.jit(forward).trace(*arguments)
+        traced = lowering.jit(forward).trace(*arguments)
         compiled = traced.lower().compile()
 
         def run(n: int) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_diffusion import config as configs
-from jax_diffusion import experiment, sharding
+from jax_diffusion import experiment, lowering, sharding
 from jax_diffusion.train import optim, state, step
 
 
@@ -75,7 +75,9 @@ class Program(NamedTuple):
             run = step.several(run)
             batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((steps, *a.shape), a.dtype), batch)
         abstract, shardings = self.abstract_state()
-        return step.compile_step(run, shardings, self.mesh, leading=int(several)).trace(abstract, batch)
+        jitted = step.compile_step(run, shardings, self.mesh, leading=int(several))
+        with lowering.compiling_for(self.mesh.devices.flat[0].platform):
+            return jitted.trace(abstract, batch)
 
 
 def build(config: configs.ConfigDict, shape: tuple[int, ...], num_classes: int, mesh: jax.sharding.Mesh) -> Program:

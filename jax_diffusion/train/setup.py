@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jax_diffusion import config as configs
-from jax_diffusion import data, experiment, sharding
+from jax_diffusion import data, experiment, lowering, sharding
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.train import checkpoint, posthoc, program, step
 
@@ -70,6 +70,7 @@ def prepare(config: configs.ConfigDict, workdir: pathlib.Path) -> Setup:
             raise UserError(f"--config.train.{field}={t[field]} must be at least 1")
     choose("--config.train.rng", t.rng, step.GENERATORS)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    lowering.keep_memory(mesh.devices.flat[0].platform)
     sharding.check_batch(mesh, t.batch_size, t.accumulate)  # before the data is opened
 
     source = data.load(config.data, "train")

@@ -38,7 +38,7 @@ def test_sinusoidal_embedding(features):
 def test_group_norm(channels, groups, eps):
     # A small scale, at which eps decides the result.
     x = 2e-3 * images(2, 4, 6, channels) + 1e-3
-    module = layers.group_norm(channels, groups=32, eps=eps, rngs=nnx.Rngs(0))
+    module = layers.group_norm(channels, groups=32, eps=eps)
     theirs = nhwc(F.group_norm(nchw(x), groups, eps=eps))
     other = nhwc(F.group_norm(nchw(x), groups, eps=1.1e-5 - eps))
     np.testing.assert_allclose(module(jnp.array(x)), theirs, atol=2e-4)
@@ -48,13 +48,12 @@ def test_group_norm(channels, groups, eps):
 @pytest.mark.parametrize("channels, groups", [(128, 32), (256, 32), (32, 8), (48, 12), (16, 4), (3, 1), (30, 1)])
 def test_groups_have_four_channels(channels, groups):
     """In a group of one channel a norm would take away what is added to the channel, time embedding and all."""
-    module = layers.group_norm(channels, rngs=nnx.Rngs(0))
-    assert module.num_groups == groups
+    assert layers.group_norm(channels).groups == groups
 
 
 def test_group_norm_is_float32_in_bfloat16():
     x = jnp.asarray(100 + images(2, 8, 8, 32), jnp.bfloat16)
-    y = layers.group_norm(32, rngs=nnx.Rngs(0))(x)
+    y = layers.group_norm(32)(x)
     theirs = nhwc(F.group_norm(nchw(np.asarray(x, np.float32)), 8))
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, theirs, atol=5e-3)
