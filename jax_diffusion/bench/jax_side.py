@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import model as models
 from jax_diffusion import lowering, runtime, sharding
+from jax_diffusion import model as models
 from jax_diffusion.bench import cases, worker
 from jax_diffusion.data import augment
 from jax_diffusion.errors import UserError
