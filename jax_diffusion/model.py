@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import caching, editing, experiment, lowering, precision, sharding
+from jax_diffusion import caching, editing, experiment, generating, precision, sharding
 from jax_diffusion import config as configs
 from jax_diffusion.conditions import Condition
 from jax_diffusion.data import augment
@@ -18,30 +18,7 @@ from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import model as guiding
 from jax_diffusion.models import Network
 from jax_diffusion.process import Gaussian
-from jax_diffusion.solvers import Table, sample
-
-
-def _make_generate(network: Network, process: Gaussian, platform: str | None) -> Callable:
-    """The one compiled function behind Model.sample. Solver, guidance scale, labels and seed are data.
-
-    samples, shared: see guiding.denoiser.  start: {} from noise, {"x"} from a state, {"known", "mask"} inpainting.
-    refreshes: bool [N], of a cache that keeps all but `depth` outer layers; None is no cache.
-    """
-
-    def generate(params, key, table, indices, samples, shared, start, refreshes=None, *, shape, clip, trajectory, weak,
-                 depth=0):  # fmt: skip
-        def denoiser(apply):
-            return guiding.denoiser(apply, process, params, samples, shared, clipped=clip, weak=weak)
-
-        denoise = denoiser(network.apply)
-        if refreshes is not None:
-            denoise = caching.remembering(network, denoiser, refreshes, depth)
-        options = {"indices": indices, "trajectory": trajectory}
-        if "known" in start:
-            return editing.inpaint(key, denoise, table, process.schedule, **start, **options)
-        return sample(key, denoise, table, shape, **start, **options)
-
-    return lowering.jit(generate, platform, static_argnames=("shape", "clip", "trajectory", "weak", "depth"))
+from jax_diffusion.solvers import Table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,7 +146,7 @@ class Model:
                 self.params, key, table, indices, rows, shared, x, refreshes,
                 shape=self.shape, clip=clip, trajectory=trajectory, weak=weak_kind, depth=depth,
             )  # fmt: skip
-            out = _gather(out)
+            out = generating.gather(out)
             outputs.append(out[0] if trajectory else out)
             if trajectory:
                 films.append(out[1])
@@ -270,18 +247,9 @@ class Model:
         return np.resize(labels, num)
 
 
-def _gather(x):
-    """Device arrays to NumPy; across processes, all parts."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(x, tiled=True)
-    return jax.device_get(x)
-
-
 def make(config, params, shape, class_names, step: int, parts: experiment.Parts, platform: str | None = None) -> Model:
     """A Model around parameters one already has. platform: it is compiled for; None is the default backend's."""
-    generate = _make_generate(parts.network, parts.process, platform)
+    generate = generating.make(parts.network, parts.process, platform)
     return Model(
         config, parts.network, parts.process, params, tuple(shape), tuple(class_names), step, generate, parts.condition
     )

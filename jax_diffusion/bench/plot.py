@@ -14,10 +14,12 @@ def draw(path: str | os.PathLike, result: dict[str, Any]) -> None:
         panels.setdefault((row["case"], row["mode"]), []).append(row)
     count = max(len(panels), 1)
     figure = Figure(figsize=(11, 0.6 + 3.2 * count), layout="constrained")
-    axes = figure.subplots(count, 2, squeeze=False)
-    for (bars, curve), ((case, mode), found) in zip(axes, panels.items(), strict=False):
+    curves = any(len({r["batch"] for r in found}) > 1 for found in panels.values())
+    axes = figure.subplots(count, 1 + curves, squeeze=False)
+    for (bars, *curve), ((case, mode), found) in zip(axes, panels.items(), strict=False):
         _bars(bars, found, f"{case}, {mode}")
-        _curve(curve, found)
+        if curves:
+            _curve(curve[0], found)
     device = result["machine"].get("jax", {}).get("device", "")
     figure.suptitle(f"{device}, {result['settings'].get('dtype', '')}: jax_diffusion and PyTorch")
     figure.savefig(path, dpi=110)

@@ -43,7 +43,7 @@ class Bench:
             flags = f"{os.environ.get('XLA_FLAGS', '')} {options.xla_flags}".strip()
             self.workers["jax_flags"] = Worker(ours, folder, self.threads, {**shared, "XLA_FLAGS": flags})
         share = machine.free_share(self.threads)
-        waiting = machine.patience(share)
+        waiting = machine.torch_environment(share)
         if not options.only:
             self.workers["torch"] = Worker(theirs, folder, self.threads, waiting)
         self.result: dict[str, Any] = {
