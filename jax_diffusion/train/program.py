@@ -60,6 +60,7 @@ class Program(NamedTuple):
             ema_decay=c.ema.decay,
             ema_warmup=c.ema.warmup,
             ema_profiles=c.ema.profiles,
+            one_device=self.mesh.size == 1,
         )
 
     def trace(self, batch: dict[str, jax.ShapeDtypeStruct] | None = None, steps: int = 1):

@@ -69,7 +69,8 @@ def noise_level(process: Gaussian, t: jax.Array) -> jax.Array:
 
 def _row_major(grads: Any) -> Any:
     """Gradients laid out as parameters are. cuDNN's of convolutions are not, and XLA would carry their layout through
-    the optimizer and the EMA, each of which then copies itself back (counted in the HLO: 117 copies, now 21)."""
+    the optimizer and the EMA, each of which then copies itself back (counted in the HLO: 117 copies, now 21). On one
+    device alone: the partitioner would gather every gradient for it."""
 
     def pin(g):
         return with_layout_constraint(g, Layout(tuple(range(g.ndim)))) if g.ndim > 2 else g
@@ -92,6 +93,7 @@ def make_train_step(
     ema_decay: float = 0.9999,
     ema_warmup: bool = True,
     ema_profiles: tuple[float, ...] = (),
+    one_device: bool = False,  # the step will run on one: then a gradient may be given a layout
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """One optimizer step. Times and noise are drawn for the whole batch before it is cut into `accumulate`
     microbatches, so accumulation changes the memory and not the mathematics."""
@@ -134,7 +136,8 @@ def make_train_step(
             loss, grads = jax.tree.map(lambda v: v / accumulate, (loss, grads))
             losses = losses.swapaxes(0, 1).reshape(n)
 
-        grads = jax.lax.platform_dependent(grads, cuda=_row_major, default=lambda g: g)
+        if one_device:
+            grads = jax.lax.platform_dependent(grads, cuda=_row_major, default=lambda g: g)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = optax.apply_updates(state.params, updates)
         decay = ema_lib.decay_at(state.step, ema_decay, ema_warmup)

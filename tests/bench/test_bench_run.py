@@ -1,5 +1,6 @@
 """The comparison driven by frameworks that are fakes, in real worker processes."""
 
+import functools
 import json
 import os
 import pathlib
@@ -112,7 +113,11 @@ except KeyboardInterrupt:
     print("interrupted")
 """
     env = {**os.environ, "FAKE": "hang", "PYTHONPATH": str(HERE)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    # Shells ignore Ctrl-C for what they run in the background, and a process inherits that.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     order = tmp_path / "order.txt"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (order.exists() and len(order.read_text().splitlines()) > 2):

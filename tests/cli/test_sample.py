@@ -115,10 +115,10 @@ def test_heun_counts_its_evaluations(sample):
 def test_guidance_and_weights_and_checkpoint_matter(sample):
     plain, _, said = sample("--num=4", "--guidance=1")
     assert "at step 60" in said
-    assert apart(plain, sample("--num=4", "--guidance=4")[0]) > 2
-    assert apart(plain, sample("--num=4", "--guidance=1", "--no-ema")[0]) > 2
+    assert apart(plain, sample("--num=4", "--guidance=4")[0]) > 1
+    assert apart(plain, sample("--num=4", "--guidance=1", "--no-ema")[0]) > 1
     old, _, said = sample("--num=4", "--guidance=1", "--checkpoint=30")
-    assert "at step 30" in said and apart(plain, old) > 2
+    assert "at step 30" in said and apart(plain, old) > 1
 
 
 def test_a_film_has_a_frame_an_evaluation(sample, tmp_path):

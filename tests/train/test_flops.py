@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_diffusion import models
+from jax_diffusion.models import layers
 from jax_diffusion.train import flops
 
 
@@ -39,8 +40,10 @@ def test_training_is_three_forward_passes_and_remat_a_fourth_in_part():
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_agrees_with_xla_where_nothing_loops(gradient):
+def test_agrees_with_xla_where_nothing_loops(gradient, monkeypatch):
     """A U-Net with strided convolutions: all but its elementwise operations."""
+    # By parity, as CPUs run it, it is less work than what the model asks for, which is counted.
+    monkeypatch.setattr(layers, "conv_of_upsampled", lambda conv, x: conv(layers.upsample(x)))
     shape = (16, 16, 3)
     network = models.make("unet", shape, channels=32, multipliers=(1, 2), blocks=1, attention_levels=(1,))
     function = network.apply
