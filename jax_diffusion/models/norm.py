@@ -68,15 +68,27 @@ def activate(
 
     def run(x, a, b, keep):
         y = activation(_apply(x, a, b))
-        return (y if keep is None else jnp.where(keep, y / kept_share(rate), 0)).astype(x.dtype)
+        return (y if keep is None else _dropped(y, keep, rate)).astype(x.dtype)
 
     keep = None if key is None or rate == 0 else kept(key, rate, x.shape)
     return (jax.checkpoint(run) if target() == "cpu" else run)(x, a, b, keep)
 
 
+WORDS = 65536  # of sixteen bits
+
+
+def _limit(rate: float) -> int:
+    """How many of the WORDS stand for being kept."""
+    return round((1 - rate) * WORDS)
+
+
 def kept_share(rate: float) -> float:
     """The probability of being kept, in whole 65,536ths."""
-    return round((1 - rate) * 65536) / 65536
+    return _limit(rate) / WORDS
+
+
+def _dropped(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
+    return jnp.where(keep, x / kept_share(rate), 0)
 
 
 def kept(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
@@ -87,12 +99,11 @@ def kept(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     half = -(-shape[-1] // 2)
     words = jax.random.bits(key, (*shape[:-1], half), jnp.uint32)
     bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*shape[:-1], 2 * half)[..., : shape[-1]]
-    limit = round((1 - rate) * 65536)
-    return jnp.ones(shape, bool) if limit == 65536 else bits < jnp.uint16(limit)
+    return jnp.ones(shape, bool) if _limit(rate) == WORDS else bits < jnp.uint16(_limit(rate))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout (Srivastava et al. 2014); key None switches it off."""
     if key is None or rate == 0:
         return x
-    return jnp.where(kept(key, rate, x.shape), x / kept_share(rate), 0).astype(x.dtype)
+    return _dropped(x, kept(key, rate, x.shape), rate).astype(x.dtype)
