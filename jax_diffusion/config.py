@@ -24,7 +24,7 @@ def default() -> ConfigDict:
         {
             "seed": 0,  # decides initialisation, data order, times, noise and dropout
             "data": {
-                "source": "digits",  # digits, idx, folder, tfds, numpy, toy2d
+                "source": "digits",  # a name in data.SOURCES
                 "path": "",  # file or folder (tfds: its data_dir)
                 "eval_path": "",  # held-out data, where it lies elsewhere
                 "name": "",  # tfds dataset, or toy2d distribution
@@ -35,6 +35,11 @@ def default() -> ConfigDict:
                 "flip": False,  # random horizontal flips
                 "holdout": 0.1,  # share kept for validation where there is no test set
                 "max_bytes": 8 << 30,  # larger folders are decoded batch by batch
+                "max_pixels": 1 << 26,  # an image with more is not decoded
+                "workers": 0,  # processes that decode batch by batch, with grain; 0 is threads of this one
+                "mixture": (),  # of source=mixture: ((weight, {"source": ..., "path": ...}), ...)
+                "prefetch_bytes": 256 << 20,  # of batches made ahead, though never less than two batches
+                "on_device": "auto",  # or never, replicate, shard: small sets on the devices, see data/resident.py
             },
             "condition": {"name": "none"},  # low_resolution, gray, and its options, see conditions.make
             "process": {
@@ -73,13 +78,18 @@ def default() -> ConfigDict:
                 "label_dropout": 0.1,  # for classifier-free guidance
                 "rng": "threefry2x32",  # of noise, times and dropout; rbg and unsafe_rbg are faster on TPU and GPU
                 "log_every": 100,
+                "loggers": "",  # beside metrics.jsonl and TensorBoard: wandb, aim or both, "wandb,aim"
                 "eval_every": 1000,  # 0 never
                 "eval_batches": 8,
                 "sample_every": 1000,  # 0 never
                 "checkpoint_every": 1000,
                 "keep": 2,  # the newest checkpoints kept, beside the best
+                "max_bad_steps": 10,  # skipped in a row (not finite, or spikes) until a rollback; 0 never
+                "max_rollbacks": 3,  # then the run stops with a diagnosis
+                "spike": 0.0,  # skip steps whose loss or gradient norm is above this many times its mean; 0 none
+                "stall_seconds": 600.0,  # without a step until the watchdog reports it; 0 never
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": ((".*", "largest"),)},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": ("auto",)},  # see sharding.RULES
             "sampling": {  # the grids drawn while training, and the defaults of `sample`
                 "solver": "ddim",
                 "steps": 50,
@@ -115,7 +125,7 @@ def options(node: ConfigDict) -> dict[str, Any]:
     return {k: v for k, v in node.items() if k != "name"}
 
 
-def _recipes() -> dict[str, pathlib.Path]:
+def recipes() -> dict[str, pathlib.Path]:
     """The recipes that ship with the package, by name."""
     here = pathlib.Path(__file__).parent
     for folder in (here / "configs", here.parent / "configs"):  # installed; a checkout
@@ -128,10 +138,10 @@ def resolve(name: str) -> ConfigDict:
     """The config of a recipe, given by path ("configs/mnist.py") or by name ("mnist")."""
     path = pathlib.Path(name)
     if not path.is_file():
-        recipes = _recipes()
+        known = recipes()
         if path.suffix or len(path.parts) > 1:
-            raise UserError(f"--config={name}: there is no such file; shipped recipes: {', '.join(recipes)}")
-        path = recipes[choose("--config", name, recipes)]
+            raise UserError(f"--config={name}: there is no such file; shipped recipes: {', '.join(known)}")
+        path = known[choose("--config", name, known)]
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -166,6 +176,7 @@ def _cast(field: str, old: Any, new: Any) -> Any:
     elif isinstance(old, tuple):
         new = (new,) if isinstance(new, int | float) else new
         new = tuple(new) if isinstance(new, list) else new
+        new = (new,) if isinstance(new, str) and any(isinstance(v, str) for v in old) else new  # mesh.rules=tensor
         fits = isinstance(new, tuple)
     elif isinstance(old, str):
         fits, new = True, "none" if new is None else str(new)  # a name, as of model.remat
@@ -222,11 +233,19 @@ def override(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
 
 # What younger configs have gained, with the value that says what older ones did.
 _GAINED = {
+    "data": {"max_pixels": 1 << 26, "workers": 0, "mixture": (), "prefetch_bytes": 256 << 20, "on_device": "auto"},
     "condition": {"name": "none"},
     "process": {"raw_inputs": False},
     "optim": {"hold": 0},
     "ema": {"profiles": (), "snapshot_every": 1000, "snapshot_dtype": "float32"},
-    "train": {"rng": "threefry2x32"},
+    "train": {
+        "loggers": "",
+        "rng": "threefry2x32",
+        "max_bad_steps": 10,
+        "max_rollbacks": 3,
+        "spike": 0.0,
+        "stall_seconds": 600.0,
+    },
     "sampling": {"options": {}, "threshold": 0.0},
 }
 
@@ -240,6 +259,8 @@ def _completed(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _untupled(value: Any) -> Any:
+    if isinstance(value, dict):  # of data.mixture
+        return {k: _untupled(v) for k, v in value.items()}
     return tuple(_untupled(v) for v in value) if isinstance(value, list) else value
 
 

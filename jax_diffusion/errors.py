@@ -11,7 +11,12 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         """With what a damaged file may have put into it, a terminal's escapes say, made visible."""
-        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey, or could not encode, made visible."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def choose(option: str, value: str, choices: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """From a config to the parts of an experiment."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jax_diffusion.conditions import Condition
 from jax_diffusion.data import Source
 from jax_diffusion.models import Network
 from jax_diffusion.process import Gaussian
+from jax_diffusion.sharding import UNCONSTRAINED, Constraint
 
 
 class Parts(NamedTuple):
@@ -25,7 +25,7 @@ def build(
     config: configs.ConfigDict,
     shape: tuple[int, ...],
     num_classes: int,
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    constrain: Constraint = UNCONSTRAINED,
 ) -> Parts:
     """The network, process and time sampler of a config, for samples of `shape` and `num_classes` (0: none)."""
     p = config.process

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import glob
 from collections.abc import Callable
 from typing import Any
 
@@ -55,18 +56,29 @@ def target() -> str:
 
 
 # glibc's <malloc.h>
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")  # NVIDIA's, AMD's, TPUs
 
 
-def keep_memory(platform: str) -> bool:
+def _platform_to_come() -> str:
+    """The default backend's platform, guessed where there is no backend yet."""
+    said = (jax.config.jax_platforms or "").split(",")[0]
+    return said or ("cpu" if not any(glob.glob(path) for path in _ACCELERATORS) else "accelerator")
+
+
+def keep_memory(platform: str | None = None) -> bool:
     """Lets a process that computes on CPUs keep the memory that it frees; False where it does not or cannot.
 
     On CPUs XLA allocates a program's intermediate results, hundreds of megabytes, anew for each call. glibc takes such
-    blocks from the system and gives them back, and every page is zeroed again: up to a third of a training step.
+    blocks from the system and gives them back, and every page is zeroed again: up to half of a training step.
+
+    Call it before JAX's backend starts its threads: those that run already have a heap of their own, which cannot hold
+    large blocks, and go on asking the system for them. platform: None guesses the one to come.
     """
-    if platform != "cpu":
+    if (platform or _platform_to_come()) != "cpu":
         return False
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 64 << 20)])
+        settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
+        return 0 not in [mallopt(*setting) for setting in settings]
     return False

@@ -1,7 +1,6 @@
 """A trained model: `load` it from a workdir, `sample` from it."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -257,10 +256,13 @@ def make(config, params, shape, class_names, step: int, parts: experiment.Parts,
 
 def read_meta(workdir: str | pathlib.Path) -> tuple[configs.ConfigDict, dict[str, Any]]:
     """The config and the data's facts ("shape", "class_names") of a workdir. UserError where there are none."""
+    from jax_diffusion.train.workdir import read_config, read_facts
+
     workdir = pathlib.Path(workdir)
     try:
-        config = configs.from_json((workdir / "config.json").read_text())
-        facts = json.loads((workdir / "dataset.json").read_text())
+        config, facts = read_config(workdir), read_facts(workdir)
+        if not facts:
+            raise FileNotFoundError
     except FileNotFoundError:
         raise UserError(
             f"--workdir={workdir} holds no training run: train one with "

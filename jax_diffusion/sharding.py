@@ -2,25 +2,58 @@
 
 The batch is split over data x fsdp. Parameters, moments and EMA follow one list of rules from a path regex to
 a spec, so they always lie alike. All of it works unchanged on one CPU.
+
+Tensor parallelism is Megatron's (Shoeybi et al. 2019, section 3): of each two matrices of a transformer block the
+first is split by its outputs (heads, hidden features) and the second by its inputs, so that the block's activations
+are summed twice, once after each pair, and otherwise stay where they are.
 """
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_diffusion.errors import UserError
+from jax_diffusion.errors import UserError, choose
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# (regex searched in the path of a leaf, spec): "largest" shards the leaf's largest divisible axis over fsdp;
-# "replicated" keeps it whole; a tuple names a mesh axis or None for each axis of the leaf.
-Rules = Sequence[tuple[str, str | tuple]]
-DEFAULT_RULES: Rules = ((".*", "largest"),)
+# Specs by name, of leaves [..., inputs, outputs]; leading axes (a stack's layers) stay whole. A spec may also be a
+# tuple that names a mesh axis, several of them, or None for each axis of the leaf.
+SPECS = {
+    "largest": None,  # the largest axis that divides, over fsdp
+    "replicated": None,
+    "columns": ("fsdp", "tensor"),  # outputs split: the first matrix of a pair
+    "rows": ("tensor", "fsdp"),  # inputs split: the second
+    "features": ("tensor",),  # the bias of "columns"
+    "inputs": (("tensor", "fsdp"), None),  # inputs split over both: how a matrix is kept that is cut otherwise in use
+}
+
+Rules = Sequence[str | tuple[str, str | tuple]]  # (regex searched in the path of a leaf, spec), or a name in RULES
+
+# The blocks of DiT and U-ViT. q, k and v lie side by side in the outputs of one matrix, so that a cut of these would
+# not be one of heads.
+_BLOCK = r"(^|/)(\w*stack|middle)/"
+# Looked up by row, a table of labels cut by features would have its rows sent about.
+_TABLE = ("(^|/)label/embedding$", "replicated")
+RULES: dict[str, Rules] = {
+    "largest": (_TABLE, (".*", "largest")),
+    "tensor": (
+        (_BLOCK + "attention/qkv/kernel$", "inputs"),
+        (_BLOCK + "(attention/out|mlp/down)/kernel$", "rows"),
+        (_BLOCK + "(mlp/up|modulation)/kernel$", "columns"),
+        (_BLOCK + "(mlp/up|modulation)/bias$", "features"),
+        _TABLE,
+        (".*", "largest"),
+    ),
+    "auto": (),  # "tensor" where mesh.tensor is more than 1, else "largest"
+}
+DEFAULT_RULES: Rules = ("auto",)
 
 # Leaves of the layers of a scan (models/transformer.py), whose first axis "largest" leaves whole: cut along it, a scan
 # would fetch every layer from one device.
@@ -28,7 +61,11 @@ STACKED = re.compile(r"(^|/)(\w+_)?stack/")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
-    """A mesh over all devices; one size may be -1, "whatever is left". Raises UserError where it does not fit."""
+    """A mesh over all devices; one size may be -1, "whatever is left". Raises UserError where it does not fit.
+
+    Of several TPU slices the data axis lies across the slow network between them, and fsdp and tensor within each. On
+    other clusters devices are taken host by host, which comes to the same.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     said = ", ".join(f"mesh.{k}={v}" for k, v in sizes.items())
@@ -43,7 +80,28 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
             f"sizes whose product is {len(devices)}"
         )
     # Auto, not Explicit: under Explicit, FSDP convolutions do not trace.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if len({getattr(d, "slice_index", 0) for d in devices}) > 1:
+        return Mesh(across_slices(tuple(sizes.values()), devices), AXES, axis_types=types)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def across_slices(sizes: tuple[int, int, int], devices: Sequence) -> np.ndarray:
+    """Devices of several slices as [data, fsdp, tensor], neighbours along fsdp and tensor in one slice.
+
+    Where data is too small for that, fsdp goes across as well; tensor never does. Raises UserError where it would.
+    """
+    slices = len({d.slice_index for d in devices})
+    data, fsdp, tensor = sizes
+    outer = math.gcd(data, slices)
+    rest = slices // outer
+    if fsdp % rest:
+        raise UserError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} over {slices} slices would cut matmuls across "
+            f"the network between them: make mesh.data a multiple of {slices}"
+        )
+    within = (data // outer, fsdp // rest, tensor)
+    return mesh_utils.create_hybrid_device_mesh(within, (outer, rest, 1), devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -72,18 +130,43 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH))
 
 
-def activation_constraint(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Keeps activations split by batch alone. Without it FSDP makes XLA split features, at three times the
-    collectives (measured: 55 against 18 on a U-Net step)."""
-    if mesh.size == 1:
-        return lambda x: x
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+class Constraint:
+    """Where activations and weights lie inside a network; without a mesh it says nothing.
 
-    def constrain(x):
+    Without it FSDP makes XLA split features, at three times the collectives (measured: 55 against 18 on a U-Net step).
+    """
+
+    def __init__(self, mesh: Mesh | None = None):
+        self.mesh = None if mesh is None or mesh.size == 1 else mesh
+        self.tensor = 1 if mesh is None else mesh.shape["tensor"]  # over how many devices heads and features are split
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Activations [B, ...] split by batch alone."""
+        return self._batch(x, ())
+
+    def features(self, x: jax.Array, axis: int) -> jax.Array:
+        """Activations [B, ...] split by batch, and `axis` (heads, hidden features) over tensor."""
+        return x if self.tensor == 1 else self._batch(x, (None,) * (axis - 1) + ("tensor",))
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """Activations [B, ...] of which a matmul over split features leaves partial sums or parts: all of each."""
+        return x if self.tensor == 1 else self(x)
+
+    def weight(self, w: jax.Array, axis: int | None = None) -> jax.Array:
+        """A weight whole but for `axis`, over tensor: as a matmul of split features wants it."""
+        if self.tensor == 1:
+            return w
+        spec = PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, "tensor")
+        return jax.lax.with_sharding_constraint(w, NamedSharding(self.mesh, spec))
+
+    def _batch(self, x: jax.Array, rest: tuple) -> jax.Array:
         # Odd batches (a lone sample) are left to XLA.
-        return jax.lax.with_sharding_constraint(x, sharding) if x.shape[0] % batch_shards(mesh) == 0 else x
+        if self.mesh is None or x.shape[0] % batch_shards(self.mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(BATCH, *rest)))
 
-    return constrain
+
+UNCONSTRAINED = Constraint()
 
 
 def path_name(path: tuple) -> str:
@@ -91,9 +174,21 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
+def _resolved(rules: Rules, mesh: Mesh) -> Iterator[tuple[str, str | tuple]]:
+    """The rules with named sets written out, in order."""
+    for rule in rules:
+        if not isinstance(rule, str):
+            yield rule
+            continue
+        name = choose("mesh.rules", rule, RULES)
+        if name == "auto":
+            name = "tensor" if mesh.shape["tensor"] > 1 else "largest"
+        yield from RULES[name]
+
+
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
     """The spec of the first rule whose regex is found in `name`; replicated where none is."""
-    rule = next((spec for pattern, spec in rules if re.search(pattern, name)), "replicated")
+    rule = next((spec for pattern, spec in _resolved(rules, mesh) if re.search(pattern, name)), "replicated")
     if rule == "replicated" or not shape:
         return PartitionSpec()
     if rule == "largest":
@@ -105,12 +200,29 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Part
         # Of equal axes the last: output features, which every layout keeps contiguous.
         axis = max(axes, key=lambda i: (shape[i], i))
         return PartitionSpec(*(None,) * axis, "fsdp")
+    if isinstance(rule, str) and rule in SPECS and len(SPECS[rule]) <= len(shape):
+        rule = (None,) * (len(shape) - len(SPECS[rule])) + SPECS[rule]
     if isinstance(rule, str) or len(rule) != len(shape):
         raise UserError(
-            f"mesh.rules: {rule!r} for {name} (shape {shape}) is no spec: use 'largest', 'replicated' or one "
+            f"mesh.rules: {rule!r} for {name} (shape {shape}) is no spec: use one of {', '.join(SPECS)}, or one "
             f"of {', '.join(AXES)} or None per axis"
         )
-    return PartitionSpec(*rule)
+    return PartitionSpec(*(_cut(name, shape, mesh, i, axes) for i, axes in enumerate(rule)))
+
+
+def _cut(name: str, shape: tuple[int, ...], mesh: Mesh, i: int, axes: str | tuple | None) -> str | tuple | None:
+    """The mesh axes that axis i of a leaf is cut over: those asked for that divide it. A matmul must divide."""
+    kept, parts = [], 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        size = mesh.shape[choose("mesh.rules: axis", axis, AXES)]
+        if shape[i] % (parts * size) == 0:
+            kept.append(axis)
+            parts *= size
+        elif axis == "tensor":
+            raise UserError(
+                f"mesh.tensor={size} does not divide the {shape[i]} features of {name} {shape}: use a divisor of both"
+            )
+    return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -123,3 +235,53 @@ def tree_shardings(mesh: Mesh, tree: Any, rules: Rules = DEFAULT_RULES) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh, rules)), tree
     )
+
+
+def check_tensor(mesh: Mesh, placed: Any, network: str, least: float = 0.1) -> None:
+    """Raises UserError where a mesh has a tensor axis on which less than the share `least` of a network's parameters
+    (abstract, placed) lies: its devices would do the rest twice."""
+    leaves = jax.tree.leaves(placed)
+    split = sum(x.size for x in leaves if "tensor" in str(x.sharding.spec))
+    if mesh.shape["tensor"] > 1 and split < least * sum(x.size for x in leaves):
+        raise UserError(
+            f"mesh.tensor={mesh.shape['tensor']}: mesh.rules split hardly a parameter of {network} over tensor, and "
+            "its devices would repeat each other's work: use mesh.fsdp instead, or a transformer (dit, uvit) with "
+            "mesh.rules=auto, or rules of your own"
+        )
+
+
+def replication_note(mesh: Mesh, tree: Any, rules: Rules = DEFAULT_RULES, least: float = 0.01) -> str:
+    """One line where more than the share `least` of a state, and 16 MB, stays whole although mesh.fsdp > 1; else "".
+
+    tree: the state, of arrays or their shapes.
+    """
+    leaves = [(path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
+    total = sum(x.size * x.dtype.itemsize for _, x in leaves)
+
+    def whole(mesh: Mesh) -> list:
+        """(bytes, name, shape) of what no axis of the mesh cuts, the largest first."""
+        specs = ((x, name, spec_of(name, x.shape, mesh, rules)) for name, x in leaves)
+        uncut = [(x.size * x.dtype.itemsize, name, x.shape) for x, name, spec in specs if not any(spec)]
+        return sorted(uncut, reverse=True)
+
+    found = whole(mesh)
+    size = sum(n for n, *_ in found)
+    fsdp = mesh.shape["fsdp"]
+    if fsdp == 1 or size <= max(least * total, 16e6):
+        return ""
+    better = next((n for n in range(fsdp - 1, 1, -1) if fsdp % n == 0
+                   and sum(b for b, *_ in whole(_resized(mesh, n))) <= least * total), None)  # fmt: skip
+    data = mesh.shape["data"]
+    remedy = (
+        f"mesh.fsdp={better} with mesh.data={data * fsdp // better} cuts it" if better else "use a smaller mesh.fsdp"
+    )
+    _, name, shape = found[0]
+    return (
+        f"warning: {size / 1e6:,.1f} MB of the state's {total / 1e6:,.1f} stay whole on every device: no axis of "
+        f"{len(found)} leaves ({name} {'x'.join(map(str, shape))} the largest) divides by mesh.fsdp={fsdp}; {remedy}"
+    )
+
+
+def _resized(mesh: Mesh, fsdp: int):
+    """A mesh's sizes with another fsdp and the rest as replicas: what spec_of asks for."""
+    return jax.sharding.AbstractMesh((mesh.size // fsdp // mesh.shape["tensor"], fsdp, mesh.shape["tensor"]), AXES)

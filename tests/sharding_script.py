@@ -1,6 +1,7 @@
 """Run by test_sharding.py in a process with eight CPU devices: measures, and prints one JSON object."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -13,45 +14,57 @@ from jax_diffusion import config as configs
 from jax_diffusion import experiment, sharding
 from jax_diffusion import model as models
 from jax_diffusion.cli.main import main
-from jax_diffusion.train import checkpoint, optim, state, step
+from jax_diffusion.train import checkpoint, program
 
-MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "hybrid": (2, 4, 1)}
-FIELDS = ["model.channels=16", "model.multipliers=(1,)", "model.attention_levels=()", "model.heads=2",
-          "optim.learning_rate=1e-3", "optim.schedule=constant", "optim.warmup=0", "optim.eps=1e-3"]  # fmt: skip
+MESHES = {  # data, fsdp, tensor
+    "one": (1, 1, 1), "four": (1, 4, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "hybrid": (2, 4, 1),
+    "tensor": (1, 4, 2), "all": (2, 2, 2),
+}  # fmt: skip
+FIELDS = ["optim.learning_rate=1e-3", "optim.schedule=constant", "optim.warmup=0", "optim.eps=1e-3", "ema.decay=0.5",
+          "train.batch_size=16", "train.steps=100"]  # fmt: skip
+SHAPE = (8, 8, 1)
+NETWORKS = {
+    "unet": {"channels": 16, "multipliers": (1,), "attention_levels": (), "heads": 2},
+    "dit": {"size": "", "width": 32, "depth": 2, "heads": 4, "patch": 2},
+}
 
 
 def make_mesh(name):
-    data, fsdp, tensor = MESHES[name]
-    return sharding.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
+    sizes = MESHES[name]
+    return sharding.make_mesh(*sizes, devices=jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
 
 
-def train(config, name, start):
-    """Two steps from `start`. Returns the state, its mesh and its abstract state in shards."""
-    mesh = make_mesh(name)
-    parts = experiment.build(config, (8, 8, 1), 10, sharding.activation_constraint(mesh))
-    optimizer, _ = optim.make(config.optim, 100)
-    init = state.make_init(parts.network, optimizer, parts.times, parts.process)
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    shardings = sharding.tree_shardings(mesh, abstract)
-    one = step.make_train_step(parts.network, parts.process, parts.times, optimizer, seed=0, ema_decay=0.5)
-    now = start(init, shardings)
-    run, rng = step.compile_step(one, shardings, mesh), np.random.default_rng(0)
-    for _ in range(2):
-        image, label = rng.integers(0, 256, (16, 8, 8, 1), np.uint8), rng.integers(0, 10, 16, np.int32)
-        batch = jax.device_put({"image": image, "label": label}, sharding.batch_sharding(mesh))
-        now, _ = run(now, batch)
-    place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-    return now, jax.tree.map(place, abstract, shardings)
+def make_config(network, **train):
+    config = configs.override(configs.resolve("digits"), [f"--config.{f}" for f in FIELDS])
+    config.model = configs.network(network, **NETWORKS[network])
+    config.train.update(train)
+    return config
 
 
-def perturbed(init, shardings):
-    """The initial state with noise on the weights: at the zero-initialised start most gradients are zero."""
-    first = jax.device_get(jax.jit(init)(jax.random.key(0)))
-    leaves, tree = jax.tree.flatten(first.params)
-    rng = np.random.default_rng(1)
-    params = tree.unflatten([p + 0.05 * rng.standard_normal(p.shape).astype(np.float32) for p in leaves])
-    first = state.TrainState(first.step, params, first.opt_state, params, first.timesteps)
-    return jax.tree.map(lambda a, s: jax.device_put(jnp.array(a), s), first, shardings)
+class Run:
+    """The training step of a network on a mesh."""
+
+    def __init__(self, network, mesh, **train):
+        self.config, self.mesh = make_config(network, **train), make_mesh(mesh)
+        self.built = program.build(self.config, SHAPE, 10, self.mesh)
+        self.abstract, self.shardings = self.built.abstract_state()
+        self.step = self.built.trace().lower().compile()
+
+    def train(self, state, steps, first=0):
+        for i in range(first, first + steps):
+            rng = np.random.default_rng(i)
+            batch = {"image": rng.integers(0, 256, (16, *SHAPE), np.uint8), "label": rng.integers(0, 10, 16, np.int32)}
+            state, _ = self.step(state, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
+        return state
+
+    def start(self):
+        """The initial state with noise on the weights: at the zero-initialised start most gradients are zero."""
+        first = jax.device_get(self.built.init(jax.random.key(0)))
+        leaves, tree = jax.tree.flatten(first.params)
+        rng = np.random.default_rng(1)
+        params = tree.unflatten([p + 0.05 * rng.standard_normal(p.shape).astype(np.float32) for p in leaves])
+        first = dataclasses.replace(first, params=params, ema=params)
+        return jax.tree.map(lambda a, s: jax.device_put(jnp.array(a), s), first, self.shardings)
 
 
 def furthest(a, b):
@@ -86,32 +99,61 @@ def message(call):
     return ""
 
 
-def run(workdir):
-    config = configs.override(configs.resolve("digits"), [f"--config.{f}" for f in FIELDS])
-    out = {"devices": jax.device_count()}
-    states = {name: train(config, name, perturbed) for name in MESHES}
-    one = states["one"][0]
-    out["apart"] = {n: furthest(one.params, s.params) for n, (s, _) in states.items()}
-    out["ema_apart"] = {n: furthest(one.ema, s.ema) for n, (s, _) in states.items()}
-    start = perturbed(*_init_of(config))
-    out["moved"] = furthest(start.params, one.params)
+def of_meshes(network, names):
+    """{name: (Run, its state after two steps)}."""
+    runs = {name: Run(network, name) for name in names}
+    return {name: (r, r.train(r.start(), 2)) for name, r in runs.items()}
 
-    full = states["fsdp"][0]
+
+def apart(runs, others=()):
+    one = runs["one"][1]
+    every = [*((name, s) for name, (_, s) in runs.items()), *others]
+    return {name: [furthest(one.params, s.params), furthest(one.ema, s.ema)] for name, s in every}
+
+
+def restored(workdir, runs, saved, into):
+    """A state saved on one mesh and restored into others: how far apart, whether it lies there as its own would, and
+    how far apart training ends that goes on from it."""
+    state, out = runs[saved][1], {}
+    with checkpoint.Checkpointer(workdir) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        for name in into:
+            r = runs[name][0]
+            back = checkpoints.restore(r.abstract)
+            lies = layout(back.params) == layout(r.abstract.params)
+            exact = furthest(state, back)
+            out[name] = [exact, lies, jax.device_get(r.train(back, 1, first=2).params)]
+    first = out[into[0]][2]
+    return {name: [exact, lies, furthest(first, after)] for name, (exact, lies, after) in out.items()}
+
+
+def run(workdir):
+    out = {"devices": jax.device_count()}
+    unet = of_meshes("unet", ["one", "data", "fsdp", "hybrid"])
+    dit = of_meshes("dit", ["one", "four", "data", "fsdp", "hybrid", "tensor", "all"])
+    parts = Run("dit", "all", accumulate=2)
+    out["apart"] = {
+        "unet": apart(unet), "dit": apart(dit, [("accumulated", parts.train(parts.start(), 2))])
+    }  # fmt: skip
+    out["moved"] = {
+        n: furthest(r["one"][0].start().params, r["one"][1].params) for n, r in (("unet", unet), ("dit", dit))
+    }
+    full, one = unet["fsdp"][1], unet["one"][1]
     out["layout"] = {"params": layout(full.params), "ema": layout(full.ema), "opt_state": layout(full.opt_state)}
     out["bytes"] = [held(full, jax.devices()[i]) for i in (0, 7)]
     out["all_bytes"] = sum(x.nbytes for x in jax.tree.leaves(full))
-    out["replicated_bytes"] = held(states["data"][0], jax.devices()[3])
+    out["replicated_bytes"] = held(unet["data"][1], jax.devices()[3])
+    out["tensor_layout"] = {name: [shape, shard] for name, shape, shard in layout(dit["all"][1].params)}
+    out["restored"] = {
+        "fsdp": restored(f"{workdir}/unet", unet, "fsdp", ["one", "data", "hybrid"]),
+        "all": restored(f"{workdir}/dit", dit, "all", ["one", "four", "tensor", "data"]),
+    }
 
-    with checkpoint.Checkpointer(workdir) as checkpoints:
-        checkpoints.save(full)
-        checkpoints.wait()
-        restored = {n: checkpoints.restore(states[n][1]) for n in ("data", "hybrid", "one")}
-    out["restored_apart"] = {n: furthest(full, r) for n, r in restored.items()}
-    out["restored_layout"] = layout(restored["hybrid"].params) == layout(states["hybrid"][0].params)
-
-    parts = experiment.build(config, (8, 8, 1), 10)
+    config = make_config("unet")
+    parts = experiment.build(config, SHAPE, 10)
     names = tuple(map(str, range(10)))
-    model = models.make(config, jax.device_get(one.ema), (8, 8, 1), names, 2, parts)
+    model = models.make(config, jax.device_get(one.ema), SHAPE, names, 2, parts)
     samples = [
         model.sample(jax.random.key(0), num=11, labels=[3, 4], guidance=1.5, batch_size=b, mesh=make_mesh(name))
         for name, b in (("one", 11), ("data", 11), ("hybrid", 5))
@@ -133,15 +175,11 @@ def run(workdir):
     mesh = sharding.make_mesh(1, 4, 2)
     shapes = {"head/kernel": (3, 3, 16, 1), "norm/scale": (16,), "up/0/kernel": (3, 3, 32, 16), "odd": (3, 5)}
     out["specs"] = {n: repr(sharding.spec_of(n, s, mesh, rules)) for n, s in shapes.items()}
+    out["tensor_errors"] = {
+        "unet": message(lambda: program.build(make_config("unet"), SHAPE, 10, make_mesh("all"))),
+        "heads": message(lambda: program.build(make_config("dit"), SHAPE, 10, sharding.make_mesh(1, 1, 8))),
+    }
     return out
-
-
-def _init_of(config):
-    parts = experiment.build(config, (8, 8, 1), 10)
-    optimizer, _ = optim.make(config.optim, 100)
-    init = state.make_init(parts.network, optimizer, parts.times, parts.process)
-    mesh = make_mesh("one")
-    return init, sharding.tree_shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """Measures of samples, against independent implementations and on real digits."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
-from jax_diffusion.evals import classifier, frechet
+from jax_diffusion.cli.main import main
+from jax_diffusion.evals import classifier, frechet, pairs
 from jax_diffusion.evals.judge import judge
+from jax_diffusion.train import loop
 
 
 def vectors(n, d, seed):
@@ -42,6 +47,65 @@ def test_frechet_distance_of_one_dimension():
     a = np.random.default_rng(0).standard_normal((1000, 1))
     # (s1 - s2)^2 for equal means
     assert frechet.distance(a - a.mean(), 3 * (a - a.mean())) == pytest.approx(4 * a.var(ddof=1), rel=1e-6)
+
+
+def test_moments_of_batches_are_those_of_all():
+    a = vectors(1000, 7, 0) + 1e4  # a mean far from nought: nothing may cancel
+    whole = a.mean(0), np.cov(a, rowvar=False)
+    for cuts in ([1000], [1, 999], [300, 300, 400]):
+        got = frechet.moments_of_batches(np.split(a, np.cumsum(cuts)[:-1]))
+        for x, y in zip(got, whole, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+    assert all(m.dtype == np.float64 for m in got)
+
+
+def test_psnr_is_the_textbook_s():
+    a = np.full((3, 4, 4, 1), 100, np.uint8)
+    b = a.copy()
+    b[0] += 5
+    b[1, 0, 0] += 16
+    expected = [20 * np.log10(255 / 5), 10 * np.log10(255**2 / 16), np.inf]
+    np.testing.assert_allclose(pairs.psnr(a, b), expected, rtol=1e-12)
+    np.testing.assert_allclose(pairs.psnr(b, a), expected, rtol=1e-12)  # and bytes do not wrap round
+
+
+def test_pairs_compare_samples_and_the_condition_with_the_originals():
+    rng = np.random.default_rng(0)
+    originals = rng.integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
+    half = lambda x: x[:, ::2, ::2]  # noqa: E731
+    samples = originals.copy()
+    samples[:, 1::2] = 0  # what was known is kept, the rest is wrong
+    got = pairs.compare(samples, originals, originals[:, ::-1], half)
+    assert got["consistency"] == 100.0 and got["psnr"] < 20
+    assert got["condition"] == pytest.approx(pairs.psnr(originals[:, ::-1], originals).mean())
+    gray = pairs.compare(samples.repeat(3, 3), originals.repeat(3, 3), originals, half)
+    assert gray["condition"] is None
+
+
+def test_a_model_conditioned_on_an_image_is_evaluated(conditioned_run, tmp_path, capsys):
+    workdir = shutil.copytree(conditioned_run.workdir, tmp_path / "run")
+    for _ in range(2):
+        assert main(["evaluate", f"--workdir={workdir}", "--num=24", "--batch_size=24", "--metrics=frechet,psnr"]) == 0
+    out = capsys.readouterr().out
+    assert "frechet (pixel space, 24 against 24)" in out and "held-out pictures" in out
+    lines = [json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[-1] == json.loads((workdir / "evaluation.json").read_text())
+    one, again = ({k: v for k, v in line.items() if k != "time"} for line in lines)
+    assert one == again and lines[0]["time"] <= lines[1]["time"]
+    assert one["step"] == 60 and one["ema"] is True and one["num"] == 24 and one["solver"] and "guidance" in one
+    # The 8x8 digits at half the size: the average of four pixels is kept far better than the four.
+    assert 5 < one["psnr"]["psnr"] < one["psnr"]["consistency"] and 5 < one["psnr"]["condition"] < 40
+
+
+def test_psnr_of_a_model_without_a_condition_is_one_error(run, capsys):
+    assert main(["evaluate", f"--workdir={run.workdir}", "--metrics=psnr"]) == 2
+    assert "--metrics=psnr needs a model conditioned on an image" in capsys.readouterr().err
+
+
+def test_by_default_what_the_model_allows_is_measured(tiny, tmp_path, capsys):
+    loop.train(tiny("toy2d", "data.labels=False", "train.steps=10"), tmp_path, log=lambda line: None)
+    assert main(["evaluate", f"--workdir={tmp_path}", "--num=40", "--batch_size=40"]) == 0
+    assert {"frechet", "accuracy", "psnr"} & set(json.loads((tmp_path / "evaluation.json").read_text())) == {"frechet"}
 
 
 @pytest.fixture(scope="module")

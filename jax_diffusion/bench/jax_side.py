@@ -51,8 +51,8 @@ class Side:
 
         if compile_cache != "off":
             runtime.keep_compiled(compile_cache)
+        lowering.keep_memory()
         device = jax.devices()[0]
-        lowering.keep_memory(device.platform)
         return {
             "platform": jax.default_backend(),
             "device": device.device_kind,
@@ -164,7 +164,7 @@ class Side:
             for _ in range(n // steps):
                 state, metrics = compiled(state, data)
             holder.append(state)
-            if not np.isfinite(jax.device_get(metrics["loss"])):
+            if not np.isfinite(jax.device_get(metrics["loss"])).all():
                 raise FloatingPointError("the loss is not finite")
 
         return Prepared(run, steps, _bytes(compiled)), flops.count(traced.jaxpr) / steps

@@ -52,7 +52,12 @@ def free_share(threads: int, seconds: float = 0.4) -> float:
 
 
 # glibc: keep memory that is freed. JAX's side does so too (lowering.keep_memory); PyTorch trains 10 % faster with it.
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+KEPT = {
+    "MALLOC_ARENA_MAX": "1",  # autograd's thread too
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 
 def torch_environment(share: float) -> dict[str, str]:

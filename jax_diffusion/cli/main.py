@@ -4,8 +4,10 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 
-from jax_diffusion import runtime
+from jax_diffusion import processes, runtime
+from jax_diffusion.cli import distributed
 from jax_diffusion.errors import UserError
 from jax_diffusion.version import __version__
 
@@ -22,6 +24,7 @@ def _parser() -> Parser:
         bench,
         colorize,
         convert,
+        data,
         denoise,
         ema,
         evaluate,
@@ -30,6 +33,7 @@ def _parser() -> Parser:
         interpolate,
         optimize,
         plan,
+        report,
         sample,
         train,
         upscale,
@@ -39,7 +43,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     editing = (inpaint, img2img, upscale, colorize, interpolate, denoise)
-    for module in (train, sample, evaluate, ema, optimize, *editing, convert, plan, bench):
+    for module in (train, data, report, sample, evaluate, ema, optimize, *editing, convert, plan, bench):
         name = module.__name__.rsplit(".", 1)[1]
         command = commands.add_parser(
             name,
@@ -54,26 +58,38 @@ def _parser() -> Parser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
-    """The command, its compiled programs kept."""
+def _run(options: argparse.Namespace) -> int:
+    """The command, its compiled programs kept and on CPUs its memory. Returns the exit status."""
+    from jax_diffusion import lowering
+
+    lowering.keep_memory()  # before anything starts JAX's threads
     before = runtime.compiled()
     folder = runtime.keep_compiled(options.compile_cache)
-    options.run(options)
+    status = options.run(options)
     if options.command != "train" and (runtime.compiled() - before).written:  # training logs it itself
         print(f"compiled programs are kept in {folder} (--compile_cache=DIR or off)", file=sys.stderr)
+    return status or 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for a mistake the user can mend, 130 for a second Ctrl-C."""
+    """Runs a command, among several processes perhaps; see _status."""
+    return distributed.leave(_status(arguments))
+
+
+def _status(arguments: list[str] | None) -> int:
+    """Returns the exit status: 0, 2 for a mistake the user can mend, 75 for a run that was stopped
+    and saved by SIGTERM or a preemption notice (start it again), 130 for a second Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of its own routine
+    # Orbax warns of its own routine, and what its threads log of an error is raised as well.
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         options, rest = _parser().parse_known_args(arguments)
-        if rest and options.command not in ("train", "convert", "plan", "bench"):
+        if rest and options.command not in ("train", "data", "convert", "plan", "bench"):
             raise UserError(f"{rest[0]}: unknown argument (see jax-diffusion {options.command} --help)")
         options.overrides = rest
-        _run(options)
+        return _run(options)
     except UserError as e:
         print(f"jax-diffusion: error: {e}", file=sys.stderr)
         return 2
@@ -85,7 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as e:  # a path that cannot be written, a full disk: the system's own words name it
         print(f"jax-diffusion: error: {e}", file=sys.stderr)
         return 2
-    return 0
+    except Exception:
+        if not processes.several():
+            raise
+        traceback.print_exc()  # here, because `leave` does not come back
+        return 1
 
 
 if __name__ == "__main__":

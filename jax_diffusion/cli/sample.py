@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from jax_diffusion.cli import guiding, speed
+from jax_diffusion.cli import distributed, guiding, speed
 from jax_diffusion.errors import UserError, check_options
 
 
@@ -170,11 +170,6 @@ def check_picture(option: str, path: str) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    import jax
-
-    from jax_diffusion import io, solvers
-    from jax_diffusion import model as models
-
     for name in ("num", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -183,6 +178,16 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name):
             check_picture(f"--{name}", getattr(options, name))
     cache = speed.cache(options)
+    with distributed.joined():
+        _sample(options, cache)
+
+
+def _sample(options: argparse.Namespace, cache) -> None:
+    import jax
+
+    from jax_diffusion import io, solvers
+    from jax_diffusion import model as models
+
     model = models.load(options.workdir, step=options.checkpoint, ema=options.ema, ema_std=options.ema_std)
     model = speed.cast(options, model)
     said = model.config.sampling
@@ -204,6 +209,8 @@ def run(options: argparse.Namespace) -> None:
     )
     samples, film = out if options.trajectory else (out, None)
     seconds = time.perf_counter() - started
+    if jax.process_index() != 0:
+        return
     path = options.out or f"{options.workdir}/samples.png"
     columns = io.class_columns(len(labels)) if labels and num > len(labels) else None
     io.save_grid(path, samples, columns=columns)

@@ -11,12 +11,17 @@ examples:
 
 Any field of the config is set as --config.GROUP.FIELD=VALUE (a component with its options:
 --config.process.schedule=flow --config.process.schedule.shift=2). Ctrl-C saves and says how to resume.
-The workdir holds config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/ and profile/.
-"mfu" in the log and in metrics.jsonl is the model's FLOP/s over the chips' peak; remat is not counted.
+Exit status: 0 finished, or stopped by Ctrl-C or --stop_at and saved; 75 stopped by SIGTERM or a preemption notice and
+saved: start the same command again; 2 something to mend, said in one line (docs/faults.md).
+The workdir holds config.json, metrics.jsonl, speed.jsonl, tensorboard/, samples/, checkpoints/ and profile/.
+A step whose loss or gradient is not finite changes nothing. After train.max_bad_steps of them in a row the run goes
+back to a checkpoint and on with other data; after train.max_rollbacks times it ends, with diagnosis-STEP.json.
+"mfu" in the log and in speed.jsonl is the model's FLOP/s over the chips' peak; remat is not counted.
 """
 
 import argparse
 
+from jax_diffusion import processes
 from jax_diffusion.errors import UserError
 
 
@@ -30,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "them (default: of the chip's data sheet; on CPUs none is known)")  # fmt: skip
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     from jax_diffusion import config as configs
     from jax_diffusion.cli import distributed
     from jax_diffusion.model import read_meta
@@ -46,12 +51,13 @@ def run(options: argparse.Namespace) -> None:
         config, _ = read_meta(options.workdir)
     if config is not None:
         config = configs.override(config, options.overrides)
-    distributed.join()
-    train(
-        config,
-        options.workdir,
-        stop_at=options.stop_at,
-        profile=options.profile,
-        measure_peak=options.measure_peak,
-        log=lambda line: print(line, flush=True),
-    )
+    with distributed.joined(options.workdir):
+        outcome = train(
+            config,
+            options.workdir,
+            stop_at=options.stop_at,
+            profile=options.profile,
+            measure_peak=options.measure_peak,
+            log=lambda line: print(line, flush=True),
+        )
+    return processes.RESUME if outcome.stopped_by == "SIGTERM" and not outcome.finished else 0

@@ -9,13 +9,12 @@ What is understood, below any number of single outer folders:
 
 from typing import Any
 
-from jax_diffusion.data.encoded import Subset, open_encoded
-from jax_diffusion.data.images import Format
-from jax_diffusion.data.source import Source, split_indices
+from jax_diffusion.data.encoded import open_encoded
+from jax_diffusion.data.reader import Subset
+from jax_diffusion.data.shards import EVAL
+from jax_diffusion.data.source import Once, Source, split_indices
 from jax_diffusion.data.trees import Tree, open_tree
 from jax_diffusion.errors import UserError
-
-EVAL_FOLDERS = ("test", "val", "valid", "validation", "eval")  # the first one found is the eval set
 
 
 class Files:
@@ -34,10 +33,9 @@ class Files:
         return self.tree.read(self.names[i]), self.labels[i]
 
 
-def load(cfg: Any, split: str) -> Source:
+def load(cfg: Any, split: str, once: Once) -> Source:
     """The images below cfg.path; the eval set is cfg.eval_path, test/ or val/, or the held-out share."""
-    fmt = Format.from_config(cfg)
-    tree, eval_path = open_tree(cfg.path, cfg.max_bytes), getattr(cfg, "eval_path", "")
+    tree, eval_path = once(open_tree, cfg.path, cfg.max_bytes), getattr(cfg, "eval_path", "")
     names = _strip(dict.fromkeys(tree.names))  # name within the layout -> name in the tree
     if not names:
         raise UserError(f"config.data.path={cfg.path!r} holds no images")
@@ -46,7 +44,7 @@ def load(cfg: Any, split: str) -> Source:
     if eval_path:
         held_out = False
         if split == "eval":
-            tree = open_tree(eval_path, cfg.max_bytes)
+            tree = once(open_tree, eval_path, cfg.max_bytes)
             test = _strip(dict.fromkeys(tree.names), keep=set(classes))
             if not test:
                 raise UserError(f"config.data.eval_path={eval_path!r} holds no images")
@@ -57,7 +55,7 @@ def load(cfg: Any, split: str) -> Source:
     if held_out:
         files = Subset(files, split_indices(len(files), cfg.holdout, split, cfg.path))
     path = eval_path if split == "eval" and eval_path else cfg.path
-    return open_encoded(files, fmt, cfg.max_bytes, name=path, class_names=classes)
+    return open_encoded(files, cfg, name=path, class_names=classes)
 
 
 def _strip(names: dict[str, str | None], keep: frozenset | set = frozenset()) -> dict[str, str]:
@@ -74,7 +72,7 @@ def _strip(names: dict[str, str | None], keep: frozenset | set = frozenset()) ->
 def _splits(names: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """(train, test); test is empty where the layout has none."""
     tops = {name.split("/")[0] for name in names if "/" in name}
-    test = next((f for f in EVAL_FOLDERS if f in tops), None)
+    test = next((f for f in EVAL if f in tops), None)
     if "train" not in tops or test is None:
         return names, {}
 

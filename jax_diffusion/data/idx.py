@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jax_diffusion.data.images import Format, fit
-from jax_diffusion.data.source import ArraySource, Source, split_indices
+from jax_diffusion.data.source import ArraySource, Once, Source, split_indices
 from jax_diffusion.errors import UserError
 
 DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -49,12 +49,12 @@ def read_idx(path: str | pathlib.Path) -> np.ndarray:
     return array.astype(dtype.newbyteorder("="))
 
 
-def load(cfg: Any, split: str) -> Source:
+def load(cfg: Any, split: str, once: Once) -> Source:
     """The images of cfg.path (a folder, or the training images' file); eval is t10k where it is there."""
     train, test = _find(cfg.path)
-    train_labels = _labels_of(train) if cfg.labels else None
+    train_labels = once(_labels_of, train) if cfg.labels else None
     use = test if split == "eval" and test else train
-    images = read_idx(use)
+    images = once(read_idx, use)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise UserError(f"config.data.path: {use} holds {images.dtype} of shape {images.shape}, not images")
     images = images.reshape(*images.shape[:3], -1)

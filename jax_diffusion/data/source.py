@@ -4,11 +4,12 @@ One Python call a batch, not one an image: below a few hundred kilobytes an imag
 costs more than decoding does.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from jax_diffusion.data.order import Order, Shuffled
 from jax_diffusion.errors import UserError
 
 HOLDOUT_SEED = 20_240_229  # Fixed for ever: another value would move eval images into old runs' training sets.
@@ -23,7 +24,17 @@ class Source(Protocol):
     class_names: tuple[str, ...]  # by label; () where there are none
     skipped: tuple[str, ...]  # names of the corrupt files left out
 
+    @property
+    def order(self) -> Order:
+        """In what order they are trained on."""
+        ...
+
     def __len__(self) -> int: ...
+
+    def batches(self, tasks: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """batch(indices) for each of the tasks in turn, maybe made ahead by other processes, which end with the
+        iterator. Tasks can be pickled and number as many as order.Tasks does."""
+        ...
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Gathers examples.
@@ -38,12 +49,35 @@ class Source(Protocol):
         ...
 
 
+class Pieces:
+    """Several arrays [N_i, ...] of one kind, one after the other, mostly mapped from files; floats become float32."""
+
+    def __init__(self, pieces: Sequence[np.ndarray]):
+        self.pieces = tuple(map(np.asarray, pieces))
+        self.starts = np.cumsum([0, *map(len, pieces)])
+        self.dtype = np.dtype(np.float32 if pieces[0].dtype.kind == "f" else pieces[0].dtype)
+        self.shape = (int(self.starts[-1]), *pieces[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Rows [B, ...]."""
+        indices = np.asarray(indices)
+        out = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        part = np.searchsorted(self.starts, indices, side="right") - 1
+        for p in np.unique(part):
+            mine = part == p
+            out[mine] = np.take(self.pieces[p], indices[mine] - self.starts[p], axis=0)
+        return out
+
+
 class ArraySource:
-    """A set in memory (or memory-mapped): one array [N, ...], gathered by batch."""
+    """A set in memory (or memory-mapped): one array [N, ...], or Pieces of one, gathered by batch."""
 
     def __init__(
         self,
-        images: np.ndarray,  # [N, ...], uint8 or float32
+        images: np.ndarray | Pieces,  # [N, ...], uint8 or float32
         labels: np.ndarray | None = None,  # integers [N], or None
         *,
         name: str = "array",
@@ -71,17 +105,41 @@ class ArraySource:
             raise UserError(f"{name}: labels must lie in 0..{self.num_classes - 1}, one is outside")
         self.class_names = tuple(class_names) or tuple(str(i) for i in range(self.num_classes))
 
+    @property
+    def order(self) -> Order:
+        """See Source.order."""
+        return Shuffled(len(self))
+
     def __len__(self) -> int:
         return len(self.images) if self.rows is None else len(self.rows)
+
+    def batches(self, tasks: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """See Source.batches."""
+        return map(self.batch, tasks)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """See Source.batch."""
         if self.rows is not None:
             indices = self.rows[indices]
-        out = {"image": np.take(np.asarray(self.images), indices, axis=0)}
+        pieces = isinstance(self.images, Pieces)
+        images = self.images.take(indices) if pieces else np.take(np.asarray(self.images), indices, axis=0)
+        out = {"image": images}
         if self.labels is not None:
             out["label"] = np.take(self.labels, indices)
         return out
+
+
+class Once:
+    """Calls each function once with the same arguments: what the splits of a set share is opened by the first."""
+
+    def __init__(self):
+        self._made: dict[Hashable, Any] = {}
+
+    def __call__(self, function: Callable, *args: Hashable) -> Any:
+        key = function, args
+        if key not in self._made:
+            self._made[key] = function(*args)
+        return self._made[key]
 
 
 def split_indices(n: int, holdout: float, split: str, name: str) -> np.ndarray:

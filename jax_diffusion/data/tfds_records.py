@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from jax_diffusion.data.encoded import Subset, open_encoded
-from jax_diffusion.data.images import Format
-from jax_diffusion.data.source import Source, split_indices
+from jax_diffusion.data.encoded import open_encoded
+from jax_diffusion.data.reader import Subset
+from jax_diffusion.data.shards import EVAL
+from jax_diffusion.data.source import Once, Source, split_indices
 from jax_diffusion.errors import UserError
-
-EVAL_SPLITS = ("test", "validation", "val", "eval")  # the first one found is the eval set
 
 
 class Records:
@@ -35,7 +34,7 @@ class Records:
         return record[self.image], None if self.label is None else int(record[self.label])
 
 
-def load(cfg: Any, split: str) -> Source:
+def load(cfg: Any, split: str, once: Once) -> Source:
     """The set cfg.name ("mnist", "name/config", "name:1.0.0") prepared in cfg.path ("": tfds's own folder).
 
     Eval is its test split, else its validation split, else the held-out share of train.
@@ -43,17 +42,16 @@ def load(cfg: Any, split: str) -> Source:
     Raises:
       UserError: not prepared there, without random access, without images, or without a train split.
     """
-    fmt = Format.from_config(cfg)
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError("config.data.source='tfds' needs pip install tensorflow-datasets array_record") from error
     # From the files alone: tfds.builder and tfds.data_source would import the set's code, and download it.
-    builder = tfds.builder_from_directory(_prepared(cfg))
+    builder = once(tfds.builder_from_directory, _prepared(cfg))
     splits = builder.info.splits
     if "train" not in splits:
         raise UserError(f"config.data.name={cfg.name!r} has no train split, only {', '.join(splits)}")
-    part = next((s for s in EVAL_SPLITS if s in splits), None) if split == "eval" else "train"
+    part = next((s for s in EVAL if s in splits), None) if split == "eval" else "train"
     image, label, classes = _features(tfds, builder.info, cfg)
     try:
         records = builder.as_data_source(split=part or "train", decoders={image: tfds.decode.SkipDecoding()})
@@ -69,9 +67,9 @@ def load(cfg: Any, split: str) -> Source:
         ) from error
     name = f"{cfg.name}/{part or 'train'}"
     items: Any = Records(records, image, label, name)
-    if not any(s in splits for s in EVAL_SPLITS):
+    if not any(s in splits for s in EVAL):
         items = Subset(items, split_indices(len(items), cfg.holdout, split, f"tfds {cfg.name}"))
-    return open_encoded(items, fmt, cfg.max_bytes, name=name, class_names=classes)
+    return open_encoded(items, cfg, name=name, class_names=classes)
 
 
 def _prepared(cfg: Any) -> pathlib.Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_diffusion.data.source import ArraySource, Source
+from jax_diffusion.data.source import ArraySource, Once, Source
 from jax_diffusion.errors import choose
 
 TRAIN_POINTS, EVAL_POINTS = 100_000, 10_000
@@ -55,7 +55,7 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], Points]] = {
 }
 
 
-def load(cfg: Any, split: str) -> Source:
+def load(cfg: Any, split: str, once: Once) -> Source:
     """100,000 points to train on, 10,000 others for eval, of the distribution cfg.name."""
     draw = DISTRIBUTIONS[choose("config.data.name", cfg.name, DISTRIBUTIONS)]
     n, seed = (TRAIN_POINTS, TRAIN_SEED) if split == "train" else (EVAL_POINTS, EVAL_SEED)

@@ -1,12 +1,28 @@
 """The Fréchet distance between two sets of vectors, as Gaussians (Dowson & Landau 1982; FID: Heusel et al. 2017)."""
 
+from collections.abc import Iterable
+
 import numpy as np
+
+ROWS = 1024  # at a time in float64
 
 
 def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and covariance [D, D], float64, of vectors [N, ...] (flattened)."""
-    x = np.asarray(x, np.float64).reshape(len(x), -1)
-    return x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))
+    return moments_of_batches(x[i : i + ROWS] for i in range(0, len(x), ROWS))
+
+
+def moments_of_batches(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The same of vectors that come in batches [B, ...], of which one at a time is held."""
+    n, shift, total, outer = 0, 0.0, 0.0, 0.0
+    for batch in batches:
+        x = np.asarray(batch, np.float64).reshape(len(batch), -1)
+        if n == 0:
+            shift = x.mean(0)  # near the mean, so that nothing cancels below
+        x = x - shift
+        n, total, outer = n + len(x), total + x.sum(0), outer + x.T @ x
+    mean = total / n
+    return shift + mean, (outer - n * np.outer(mean, mean)) / (n - 1)
 
 
 def _root(c: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import bound, guidance, likelihood, sharding, solvers
+from jax_diffusion import bound, generating, guidance, likelihood, sharding, solvers
 from jax_diffusion.data import Source, to_float
 from jax_diffusion.errors import UserError
 from jax_diffusion.model import Model
@@ -55,7 +56,8 @@ def bpd(model: Model, source: Source, num: int, **options) -> Measured:
         nats = -out.log_prob / math.prod(model.shape)
         return likelihood.bits_per_dim(out.log_prob, model.shape) if quantised else nats, out.evaluations
 
-    return _measure(of, model, solver, source, num, "bits" if quantised else "nats", **options)
+    program = _program(model, ("bpd", quantised), of)
+    return _measure(program, model, solver, source, num, "bits" if quantised else "nats", **options)
 
 
 def vlb(model: Model, source: Source, num: int, steps: int | None = None, **options) -> Measured:
@@ -82,7 +84,7 @@ def vlb(model: Model, source: Source, num: int, steps: int | None = None, **opti
         out = bound.continuous_bound(key, denoise, schedule, x0, times=times, indices=indices)
         return out.total, jnp.full(x0.shape[:1], times)
 
-    return _measure(of, model, (), source, num, "bits", **options)
+    return _measure(_program(model, ("vlb", steps), of), model, (), source, num, "bits", **options)
 
 
 def includes(metric: str, model: Model, measured: Measured) -> str:
@@ -106,8 +108,20 @@ def _is_8_bit(source: Source) -> bool:
     return source.batch(np.zeros(1, int))["image"].dtype == np.uint8
 
 
+_PROGRAMS: weakref.WeakKeyDictionary[Model, dict[tuple, Callable]] = weakref.WeakKeyDictionary()
+
+
+def _program(model: Model, key: tuple, of: Callable) -> Callable:
+    """`of(denoise, solver, key, indices, x0) -> (value, evaluations) [B]` as one program; a model compiles each `key`
+    once, whatever it measures with it."""
+    programs = _PROGRAMS.setdefault(model, {})
+    if key not in programs:
+        programs[key] = jax.jit(functools.partial(_run, of, model.process, model.network.apply))
+    return programs[key]
+
+
 def _measure(
-    of: Callable,
+    program: Callable,
     model: Model,
     solver: Any,
     source: Source,
@@ -119,7 +133,7 @@ def _measure(
     batch_size: int = 50,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measured:
-    """`of(denoise, solver, key, indices, x0) -> (value, evaluations) [B]` over `num` examples, true labels given.
+    """A `_program` over `num` examples, true labels given.
 
     seed: of the choice of examples and of all noise.  draws: independent ones an image.
     """
@@ -130,7 +144,6 @@ def _measure(
     mesh = sharding.make_mesh()
     parts = sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, num) // parts) * parts
-    program = jax.jit(functools.partial(_run, of, model.process, model.network.apply))
     values, used, done = np.zeros((draws, num)), np.zeros((draws, num)), 0
     for start in range(0, num, batch_size):
         # The last call is filled up with images that do not count: one shape, one program.
@@ -141,7 +154,7 @@ def _measure(
         for draw in range(draws):
             key = jax.random.fold_in(jax.random.key(seed), draw)
             out = program(model.params, solver, key, *inputs)
-            value, evaluations = jax.device_get(out)
+            value, evaluations = generating.gather(out)
             values[draw, here], used[draw, here] = (v[: here.stop - start] for v in (value, evaluations))
             done += here.stop - start
             progress(done, num * draws)

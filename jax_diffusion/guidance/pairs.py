@@ -56,13 +56,23 @@ def classifier_free(
     """
 
     def pair(x, t):
-        both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
-        t2 = jnp.concatenate([t, t]) if jnp.ndim(t) else t
-        out = unpack(denoise(jnp.concatenate([x, x]), t2, both))
-        good, weak = jnp.split(out.x0, 2)
-        return Denoised(good, None if out.v is None else jnp.split(out.v, 2)[0], state=out.state), weak
+        both = jax.tree.map(_in_turn, cond, null)
+        out = unpack(denoise(_in_turn(x, x), _in_turn(t, t) if jnp.ndim(t) else t, both))
+        good, weak = _parted(out.x0)
+        return Denoised(good, None if out.v is None else _parted(out.v)[0], state=out.state), weak
 
     return _guided(pair, lambda x, t: unpack(denoise(x, t, cond)), settings, parameterization)
+
+
+def _in_turn(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Rows of a and b in turn, [B, ...] -> [2B, ...]. One after the other, half of the samples would change device."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+
+def _parted(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What _in_turn was given."""
+    both = both.reshape(-1, 2, *both.shape[1:])
+    return both[:, 0], both[:, 1]
 
 
 def autoguide(

@@ -9,7 +9,8 @@ from jax_diffusion import experiment
 from jax_diffusion import model as models
 from jax_diffusion.errors import UserError
 from jax_diffusion.interop.imported import Imported
-from jax_diffusion.train import checkpoint, setup
+from jax_diffusion.train import checkpoint
+from jax_diffusion.train import workdir as workdirs
 
 
 def to_model(imported: Imported, *, ema: bool = True) -> models.Model:
@@ -37,4 +38,4 @@ def to_workdir(imported: Imported, workdir: str | pathlib.Path, *, source: str =
         "class_names": list(imported.class_names),
         "imported": {"source": source, "notes": list(imported.notes)},
     }
-    setup.save_facts(workdir, imported.config, facts)
+    workdirs.save_facts(workdir, imported.config, facts)

@@ -76,8 +76,16 @@ def class_columns(classes: int) -> int | None:
 
 
 def save_picture(path: str | pathlib.Path, picture: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as a PNG (or whatever the suffix says)."""
-    _image(picture).save(_parent(path))
+    """Writes uint8 [H, W, 3] as a PNG (or whatever the suffix says), whole or not at all."""
+    from PIL import Image
+
+    path = _parent(path)
+    draft = path.with_name(f"{path.name}.draft")
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"unknown file extension: {path.suffix}")  # as Pillow says it
+    _image(picture).save(draft, format=kind)
+    draft.replace(path)
 
 
 def save_grid(path: str | pathlib.Path, samples: np.ndarray, **options) -> None:

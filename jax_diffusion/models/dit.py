@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_diffusion import lowering
 from jax_diffusion.errors import UserError
 from jax_diffusion.models import layers, transformer
 from jax_diffusion.models.network import Network, from_module, run_inner
+from jax_diffusion.sharding import UNCONSTRAINED, Constraint
 
 xavier, small, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.normal(0.02), layers.zeros_init()
 
@@ -29,8 +31,15 @@ PRESETS = {f"{name}/{patch}": (*sizes, patch) for name, sizes in SIZES.items() f
 sizes_of = functools.partial(transformer.sizes_of, PRESETS)
 
 
-def modulate(x_BxTxD: jax.Array, shift_BxD: jax.Array, scale_BxD: jax.Array) -> jax.Array:
-    return x_BxTxD * (1 + scale_BxD[:, None]) + shift_BxD[:, None]
+def modulate(norm: Callable, x_BxTxD: jax.Array, shift_BxD: jax.Array, scale_BxD: jax.Array) -> jax.Array:
+    """norm(x) (1 + scale) + shift, on CPUs and GPUs computed again in the backward pass."""
+
+    def modulated(x, shift, scale):
+        return norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+    if lowering.target() != "tpu":  # whose compiler does so by itself, and better: docs/benchmarks.md
+        modulated = jax.checkpoint(modulated, prevent_cse=False)
+    return modulated(x_BxTxD, shift_BxD, scale_BxD)
 
 
 class Block(nnx.Module):
@@ -44,12 +53,12 @@ class Block(nnx.Module):
         self.norm2 = transformer.layer_norm(width, eps=mlp_norm_eps, affine=False, rngs=rngs)
         self.mlp = transformer.FeedForward(width, hidden, tanh=True, init=xavier, **kw)
 
-    def __call__(self, x: jax.Array, c_BxD: jax.Array) -> jax.Array:
-        signals = self.modulation(jax.nn.silu(c_BxD)).astype(jnp.float32)
+    def __call__(self, x: jax.Array, c_BxD: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
+        signals = constrain.whole(self.modulation(jax.nn.silu(c_BxD))).astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(signals, 6, axis=-1)
-        h = self.attention(modulate(self.norm1(x), shift1, scale1))
+        h = self.attention(modulate(self.norm1, x, shift1, scale1), constrain)
         x = x + (gate1[:, None] * h).astype(x.dtype)
-        h = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        h = self.mlp(modulate(self.norm2, x, shift2, scale2), constrain)
         return x + (gate2[:, None] * h).astype(x.dtype)
 
 
@@ -96,7 +105,7 @@ class DiT(nnx.Module):
         """Blocks first .. end - 1 of the stack."""
 
         def body(block, h, _):
-            return self.constrain(block(self.constrain(h), c)), None
+            return self.constrain(block(self.constrain(h), c, self.constrain)), None
 
         if (first, end) == (0, self.depth):
             return transformer.scan(body, self.stack, h, remat=self.remat, unroll=self.unroll)[0]
@@ -138,7 +147,7 @@ class DiT(nnx.Module):
         else:
             h = self.blocks(h, c, 0, self.depth)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
-        h = self.head(modulate(self.norm(h), shift, scale)).astype(jnp.float32)
+        h = self.head(modulate(self.norm, h, shift, scale)).astype(jnp.float32)
         out = transformer.unpatchify(h, self.patch, height, width)[..., : self.out_channels]
         return -out if self.flow_to_data else out
 
@@ -164,7 +173,7 @@ def dit(
     remat: str = "none",  # in the backward pass: none; "dots" recomputes all but weight matmuls; "full" whole blocks
     unroll: int = 1,  # blocks a turn of the scan; without remat, `depth` of them hold the least memory on GPU
     dtype: str = "float32",  # of matmuls and of the residual stream
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see sharding.py
+    constrain: Constraint = UNCONSTRAINED,  # sharding of activations, see sharding.py
 ) -> Network:
     """The DiT as a Network. Raises UserError where a size is missing or does not divide.
 
@@ -173,7 +182,7 @@ def dit(
         and its output is negated, so that SiT's own weights run as they are.
     """
     n = transformer.resolve(PRESETS, size, (width, depth, heads, patch))
-    transformer.check(shape, n, remat=remat, dtype=dtype)
+    transformer.check(shape, n, remat=remat, dtype=dtype, tensor=constrain.tensor)
     if n.width % 4:
         raise UserError(f"model.width={n.width} does not divide by 4, which the position embedding needs")
     return from_module(

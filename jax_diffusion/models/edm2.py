@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_diffusion.attention import attention
+from jax_diffusion.attention import attention, split_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers, norm
 from jax_diffusion.models.magnitude import MPConv, MPFourier, mp_concat, mp_silu, mp_sum, normalize, project
@@ -38,7 +38,7 @@ class CosineAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         qkv = self.qkv(x).reshape(b, h * w, 3, self.heads, c // self.heads)
-        q, k, v = jnp.moveaxis(normalize(qkv, (-1,)), 2, 0)
+        q, k, v = split_qkv(normalize(qkv, (-1,)))
         y = attention(q, k, v)
         return mp_sum(x, self.out(y.reshape(b, h, w, c)), self.balance)
 

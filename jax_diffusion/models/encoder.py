@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_diffusion.attention import attention
+from jax_diffusion.attention import attention, split_qkv
 from jax_diffusion.errors import choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module
@@ -40,7 +40,7 @@ class AttentionPool(nnx.Module):
         x = x.reshape(b, h * w, c)
         x_BxNxC = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + self.position[...][None]
         qkv = self.qkv(x_BxNxC).reshape(b, h * w + 1, 3, self.heads, c // self.heads)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)
+        q, k, v = split_qkv(qkv)
         return self.out(attention(q[:, :1], k, v).reshape(b, c))
 
 

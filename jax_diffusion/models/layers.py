@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_diffusion.attention import attention
+from jax_diffusion.attention import attention, split_qkv
 from jax_diffusion.models.norm import GroupNorm
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -218,7 +218,7 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         y = x if self.norm is None else self.norm(x)
         qkv = self.qkv(y.reshape(b, h * w, c))
-        q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
+        q, k, v = split_qkv(qkv.reshape(b, h * w, 3, self.heads, c // self.heads))
         y = attention(q, k, v)
         x = x + self.out(y.reshape(b, h * w, c)).reshape(x.shape).astype(x.dtype)
         return x if self.scale == 1 else x / self.scale

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_diffusion.attention import attention
+from jax_diffusion.attention import attention, split_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
         qkv = self.qkv(self.norm(x).reshape(b, height * width, c))
-        q, k, v = jnp.moveaxis(qkv.reshape(b, height * width, 3, self.heads, -1), 2, 0)
+        q, k, v = split_qkv(qkv.reshape(b, height * width, 3, self.heads, -1))
         if self.memory is not None:
             extra = jnp.broadcast_to(self.memory[...].astype(k.dtype)[:, None], (2, b, *self.memory.shape[1:]))
             k, v = jnp.concatenate([extra[0], k], 1), jnp.concatenate([extra[1], v], 1)

@@ -3,6 +3,7 @@
 Tokens are [B, T, D]. LayerNorms, softmax and the conditioning are float32; the residual stream runs in `dtype`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_diffusion.attention import attention
+from jax_diffusion.attention import attention, split_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
+from jax_diffusion.sharding import UNCONSTRAINED, Constraint
 
 # What the backward pass finds stored. "dots": the outputs of the matmuls with weights, of which there are few and
 # which cost the most; attention and everything elementwise is computed again.
@@ -49,11 +51,32 @@ class SelfAttention(nnx.Module):
         self.out = linear(width, width, **kw)
         self.heads = heads
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
         b, t, d = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
+        q, k, v = split_qkv(self._project(x, constrain))
         y = attention(q, k, v)
-        return self.out(y.reshape(b, t, d))
+        return constrain.whole(self.out(constrain.features(y.reshape(b, t, d), 2)))
+
+    def _project(self, x: jax.Array, constrain: Constraint) -> jax.Array:
+        """[B, T, 3, N, D / N], whose heads N may lie on several devices."""
+        split = (3, self.heads, x.shape[-1] // self.heads)
+        if constrain.tensor == 1:
+            return self.qkv(x).reshape(*x.shape[:2], *split)
+        # The matrix is brought to its heads, not its outputs to theirs: they are many more. In two steps, each of
+        # which is one collective: gathered over fsdp, then from inputs to heads.
+        dtype = self.qkv.dtype or x.dtype
+        kernel = constrain.weight(self.qkv.kernel[...].astype(dtype), 0)
+        kernel = constrain.weight(constrain.weight(kernel.reshape(-1, *split), 0), 2)
+        y = jnp.einsum("btd,dsnh->btsnh", x.astype(dtype), kernel)
+        if self.qkv.bias is not None:
+            y = y + constrain.weight(self.qkv.bias[...].astype(dtype).reshape(split), 1)[None, None]
+        return constrain.features(y, 3)
+
+
+@functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)
+def gelu(x: jax.Array, tanh: bool) -> jax.Array:
+    """GELU, computed again in the backward pass: its gradient would keep three more arrays of this size."""
+    return jax.nn.gelu(x, approximate=tanh)
 
 
 class FeedForward(nnx.Module):
@@ -65,8 +88,9 @@ class FeedForward(nnx.Module):
         self.down = linear(hidden, width, **kw)
         self.tanh = tanh
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=self.tanh))
+    def __call__(self, x: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
+        hidden = constrain.features(self.up(x), 2)
+        return constrain.whole(self.down(gelu(hidden, self.tanh)))
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -154,8 +178,8 @@ def sizes_of(presets: Mapping[str, tuple[int, ...]], options: Mapping[str, Any])
     return resolve(presets, options.get("size", "S/2"), [options.get(name, 0) for name in Sizes._fields])
 
 
-def check(shape: tuple[int, ...], sizes: Sizes, *, remat: str, dtype: str) -> None:
-    """Raises UserError unless a transformer of these sizes fits samples of `shape`."""
+def check(shape: tuple[int, ...], sizes: Sizes, *, remat: str, dtype: str, tensor: int = 1) -> None:
+    """Raises UserError unless a transformer of these sizes fits samples of `shape`, and its heads `tensor` devices."""
     choose("model.dtype", dtype, ("float32", "bfloat16"))
     choose("model.remat", remat, REMAT)
     if len(shape) != 3:
@@ -168,3 +192,5 @@ def check(shape: tuple[int, ...], sizes: Sizes, *, remat: str, dtype: str) -> No
         )
     if sizes.width % sizes.heads:
         raise UserError(f"model.heads={sizes.heads} does not divide model.width={sizes.width}")
+    if sizes.heads % tensor:
+        raise UserError(f"mesh.tensor={tensor} does not divide model.heads={sizes.heads}: use a divisor of it")

@@ -86,7 +86,7 @@ class UNet(nnx.Module):
         depth: int = 1,  # modules of the way up, from its end, that are outer layers; as many of the way down
         inner: Callable = run_inner,
     ) -> jax.Array:
-        emb = self.embedding(c_noise, cond)
+        emb = self.constrain(self.embedding(c_noise, cond))
         calls = sum(map(len, (self.down, self.middle, self.up, self.grow)))
         run = layers.in_turn(emb, key, calls, remat=self.remat, constrain=self.constrain)
         x = layers.with_image(x, cond)

@@ -10,7 +10,6 @@ A 3x3 convolution may follow the last linear layer. Sizes in names: B batch, T t
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flax import nnx
 from jax_diffusion.errors import UserError
 from jax_diffusion.models import layers, transformer
 from jax_diffusion.models.network import Network, from_module
+from jax_diffusion.sharding import UNCONSTRAINED, Constraint
 
 small = nnx.initializers.normal(0.02)
 
@@ -45,11 +45,11 @@ class Block(nnx.Module):
         self.norm2 = transformer.layer_norm(width, eps=1e-5, rngs=rngs)
         self.mlp = transformer.FeedForward(width, hidden, tanh=False, **kw)
 
-    def __call__(self, x: jax.Array, skip: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, skip: jax.Array | None = None, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
         if self.skip is not None:
             x = self.skip(jnp.concatenate([x, skip], axis=-1))
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attention(self.norm1(x), constrain)
+        return x + self.mlp(self.norm2(x), constrain)
 
 
 class UViT(nnx.Module):
@@ -105,14 +105,14 @@ class UViT(nnx.Module):
         options = {"remat": self.remat, "unroll": self.unroll}
 
         def give(block, h, _):
-            h = self.constrain(block(self.constrain(h)))
+            h = self.constrain(block(self.constrain(h), constrain=self.constrain))
             return h, h
 
         def take(block, h, skip):
-            return self.constrain(block(self.constrain(h), skip)), None
+            return self.constrain(block(self.constrain(h), skip, self.constrain)), None
 
         h, skips = transformer.scan(give, self.in_stack, h, **options)
-        h = self.constrain(self.middle(h))
+        h = self.constrain(self.middle(h, constrain=self.constrain))
         h, _ = transformer.scan(take, self.out_stack, h, skips, reverse=True, **options)
         out = self.head(self.norm(h)).astype(jnp.float32)[:, self.extras :]
         out = transformer.unpatchify(out, self.patch, *self.shape[:2])
@@ -141,11 +141,11 @@ def uvit(
     remat: str = "none",  # in the backward pass: none; "dots" recomputes all but weight matmuls; "full" whole blocks
     unroll: int = 1,  # blocks a turn of each scan
     dtype: str = "float32",  # of matmuls and of the residual stream
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see sharding.py
+    constrain: Constraint = UNCONSTRAINED,  # sharding of activations, see sharding.py
 ) -> Network:
     """The U-ViT as a Network. Raises UserError where a size is missing or does not divide."""
     n = transformer.resolve(PRESETS, size, (width, depth, heads, patch))
-    transformer.check(shape, n, remat=remat, dtype=dtype)
+    transformer.check(shape, n, remat=remat, dtype=dtype, tensor=constrain.tensor)
     if n.depth % 2:
         raise UserError(
             f"model.depth={n.depth} is odd: half of the blocks, the middle one not counted, take in the rest"

@@ -89,9 +89,8 @@ class Planner:
         return search.largest(needed, self.chip.memory, unit, start)
 
     def meshes(self) -> list[dict[str, int]]:
-        """What a sweep tries. The tensor axis only where rules place something on it: without, it repeats work."""
-        placed = any("tensor" in spec for _, spec in self.config.mesh.rules if not isinstance(spec, str))
-        return search.meshes(len(self.devices), tensor=placed)
+        """What a sweep tries. The tensor axis only where the recipe or --mesh sets it: most networks have no rules."""
+        return search.meshes(len(self.devices), tensor=self.config.mesh.tensor != 1)
 
     def remats(self) -> list[Any]:
         """The recomputation policies that the network has; None is that it has no choice."""

@@ -4,6 +4,7 @@ The run is a function of (config, step): data order, times, noise and dropout at
 resumed run repeats the uninterrupted one bit for bit.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -11,15 +12,29 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from jax_diffusion import config as configs
-from jax_diffusion import experiment, runtime, sharding
-from jax_diffusion.data import Batches
-from jax_diffusion.train import checkpoint, flops, posthoc, profiling, setup, state
+from jax_diffusion import experiment, processes, runtime, sharding
+from jax_diffusion.data import Batches, resident
+from jax_diffusion.train import (
+    checkpoint,
+    environment,
+    events,
+    flops,
+    journal,
+    loggers,
+    metrics,
+    posthoc,
+    profiling,
+    setup,
+    state,
+)
 from jax_diffusion.train.interrupt import Interrupt
 from jax_diffusion.train.observe import Artist, Validator
 from jax_diffusion.train.report import Meter, count, duration
+from jax_diffusion.train.rollback import Rollback
+from jax_diffusion.train.watchdog import Watchdog
+from jax_diffusion.train.workdir import Lock
 from jax_diffusion.train.writers import MetricWriter
 
 
@@ -30,17 +45,12 @@ class Outcome(NamedTuple):
     state: state.TrainState
     val_loss: float | None
     finished: bool  # False: stopped before train.steps, to be resumed
+    stopped_by: str = ""  # "SIGINT", "SIGTERM"
 
 
-def due(every: int, before: int, now: int) -> bool:
-    """Whether a multiple of `every` (0: never) lies in (before, now]."""
-    return every > 0 and now // every > before // every
-
-
-def _start(s: setup.Setup, checkpoints: checkpoint.Checkpointer, log):
+def _start(s: setup.Setup, checkpoints: checkpoint.Checkpointer, newest: int | None, log):
     """The state to start from and its shardings: made in its shards, or restored into them."""
     key = jax.random.fold_in(jax.random.key(s.config.seed), 0)
-    newest = checkpoints.latest()
     if newest is None:
         return s.program.create(key)
     if checkpoints.holds_weights_alone(newest):
@@ -52,7 +62,7 @@ def _start(s: setup.Setup, checkpoints: checkpoint.Checkpointer, log):
         log(f"starting from the weights in {s.workdir}")
         return dataclasses.replace(fresh, params=params, ema=ema), shardings
     wanted, shardings = s.program.abstract_state()
-    restored = checkpoints.restore(wanted)
+    restored = checkpoints.restore(wanted, newest)
     log(f"resuming {s.workdir} at step {int(restored.step):,} of {s.config.train.steps:,}")
     return restored, shardings
 
@@ -84,6 +94,22 @@ def _compiler(s: setup.Setup, log):
     return compiled
 
 
+def _feed(s: setup.Setup, end: int, log):
+    """`feed(now, shift)`: the batches of the steps from `now` to `end`, `shift` ahead in the data."""
+    t, data = s.config.train, s.config.data
+    place = sharding.batch_sharding(s.mesh, leading=int(t.steps_per_dispatch > 1))
+    resides = resident.load(s.source, data.on_device, place, log)
+
+    def feed(now: int, shift: int) -> Batches:
+        return Batches(
+            s.source, t.batch_size, s.config.seed, now + shift,
+            steps_per_dispatch=t.steps_per_dispatch, sharding=place, stop_step=end + shift,
+            prefetch_bytes=data.prefetch_bytes, resident=resides,
+        )  # fmt: skip
+
+    return feed
+
+
 def _peak(s: setup.Setup, measure: bool, log) -> float | None:
     """FLOP/s that all devices can do at most, which the MFU is a share of; None where neither known nor measured."""
     devices, dtype = s.mesh.devices.size, s.config.model.get("dtype", "float32")
@@ -113,76 +139,96 @@ def train(
     Raises UserError for whatever the user can mend.
     """
     workdir = pathlib.Path(workdir)
+    log = journal.keep_warnings(workdir, log)
     s = setup.prepare(setup.settle_config(config, workdir), workdir)
     t = s.config.train
-    workdir.mkdir(parents=True, exist_ok=True)
-    setup.write_facts(s)
     log(setup.describe(s))
-    writer = MetricWriter(workdir, active=jax.process_index() == 0)
+    if note := s.program.replication_note():
+        log(note)
 
-    with checkpoint.Checkpointer(workdir, t.keep) as checkpoints, Interrupt() as interrupt:
-        train_state, shardings = _start(s, checkpoints, log)
-        now = int(train_state.step)
+    opened = contextlib.ExitStack()
+    with (
+        Lock(workdir, log),
+        checkpoint.Checkpointer(workdir, t.keep, log) as checkpoints,
+        Interrupt() as interrupt,
+        opened,
+    ):
+        found = checkpoints.newest(lambda step: _start(s, checkpoints, step, log))
+        train_state, shardings = found or _start(s, checkpoints, None, log)
+        setup.write_facts(s)  # nothing is written before the checkpoint is known to fit
+        now, shift = int(train_state.step), int(train_state.faults["shift"])
         end = min(t.steps, stop_at or t.steps)
-        val_loss, began = None, time.perf_counter()
+        others = loggers.start(s.config, workdir, log) if now < end else ()
+        writer = MetricWriter(workdir, active=jax.process_index() == 0, start=now, loggers=others)
+        saved, val_loss, began = now, None, time.perf_counter()
         tracer = profiling.Profile(profile, now, end, workdir / "profile", log)
         if now < end:
+            environment.record(workdir, s.mesh, now)
             compiled = _compiler(s, log)
             validate = Validator(s, shardings) if t.eval_every and s.held_out is not None else None
             draw = Artist(s, writer)
-            place = sharding.batch_sharding(s.mesh, leading=int(t.steps_per_dispatch > 1))
-            batches = Batches(
-                s.source, t.batch_size, s.config.seed, now,
-                steps_per_dispatch=t.steps_per_dispatch, sharding=place, stop_step=end,
-            )  # fmt: skip
+            feed = _feed(s, end, log)
+            batches = opened.enter_context(feed(now, shift))
             _, work = compiled(min(t.steps_per_dispatch, end - now))
             meter = Meter(t.steps, t.batch_size, work.model, _peak(s, measure_peak, log))
             # Queued behind the steps and fetched with their metrics: nothing in the loop waits for the devices.
-            rate = jax.jit(s.program.learning_rate)
+            vitals = s.program.vitals()
+            rollback = Rollback(s, checkpoints, writer, lambda step: _start(s, checkpoints, step, log)[0], log)
 
             def record(close, now):
-                after = {"learning_rate": rate(jax.device_put(np.int32(now - 1)))}
-                for r in close(now, input_wait=batches.wait_share, **after):
+                extra = vitals(train_state) | metrics.memory(jax.local_devices()) | {"input_wait": batches.wait_share}
+                for r in close(now, extra):
                     writer.write_scalars(r.step, r.scalars)
                     log(r.line)
+                    rollback.look(r)
 
-            with batches, tracer:
+            with Watchdog(t.stall_seconds, log) as watchdog, tracer, processes.watched(workdir):
                 tracer.turn(now)
                 meter.restart_clock()
-                for _, batch in batches:
+                while True:
+                    with watchdog.watching("input", now):
+                        _, batch = next(batches)
                     k = min(t.steps_per_dispatch, end - now)
                     run = compiled(k)[0]
-                    with profiling.step(now):
-                        train_state, metrics = run(train_state, batch)
-                    meter.add(k, metrics)
-                    before, now = now, now + k
-                    last = now >= end or interrupt.requested
-                    evaluates = validate and (due(t.eval_every, before, now) or now == t.steps)
-                    draws = due(t.sample_every, before, now) or (t.sample_every and now == t.steps)
-                    saves = due(t.checkpoint_every, before, now) or last
-                    keeps = s.config.ema.profiles and (due(s.config.ema.snapshot_every, before, now) or now == t.steps)
-                    pauses = evaluates or draws or saves or keeps or tracer.due(now)
-                    if due(t.log_every, before, now) or pauses:
-                        record(meter.flush if pauses else meter.roll, now)
-                    if pauses:
+                    with watchdog.watching("step", now):
+                        with profiling.step(now):
+                            train_state, said = run(train_state, batch)
+                        meter.add(k, said)
+                        before, now = now, now + k
+                        stops = now >= end or bool(interrupt.asked())
+                        due = events.after(s.config, before, now, stops, validate is not None, tracer.due(now))
+                        if due.logs:
+                            record(meter.flush if due.pauses else meter.roll, now)
+                    if rollback.due:
+                        train_state = rollback(train_state, now)
+                        now, shift = int(train_state.step), int(train_state.faults["shift"])
+                        saved = now
+                        batches.close()
+                        batches = opened.enter_context(feed(now, shift))
+                        meter.forget()
+                        continue
+                    if due.pauses:
                         tracer.turn(now)
-                        if evaluates:
+                        if due.evaluates:
                             val_loss = validate(train_state.ema)
                             writer.write_scalars(now, {"val_loss": val_loss})
                             log(f"step {now:,}: validation loss {val_loss:.4f} (EMA weights, held-out data)")
-                        if draws:
+                        if due.draws:
                             draw(now, train_state.ema)
-                        if keeps:
+                        if due.keeps:
                             posthoc.save_snapshots(workdir, now, train_state.averages, s.config.ema)
-                        if saves:
-                            checkpoints.save(train_state, val_loss if evaluates else None)
+                        if due.saves and rollback.may_save(now):
+                            writer.flush()  # what was measured until here, before the checkpoint counts
+                            checkpoints.save(train_state, val_loss if due.evaluates else None)
+                            saved = now
                         meter.restart_clock()
-                    if last:
+                    if due.stops:
                         break
         writer.close()
     if now < t.steps:
         why = f"stopped ({interrupt.requested})" if interrupt.requested else "stopped"
-        log(f"{why} and saved at step {now:,}; resume: jax-diffusion train --workdir={workdir}")
+        where = f"and saved at step {now:,}" if saved == now else f"at step {now:,}, saved at step {saved:,}"
+        log(f"{why} {where}; resume: jax-diffusion train --workdir={workdir}")
     else:
         log(f"done: {now:,} steps in {duration(time.perf_counter() - began)}; weights in {workdir}/checkpoints")
-    return Outcome(now, train_state, val_loss, now >= t.steps)
+    return Outcome(now, train_state, val_loss, now >= t.steps, interrupt.requested)

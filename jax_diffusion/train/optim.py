@@ -1,5 +1,7 @@
 """AdamW and its learning-rate schedules, from optax."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -64,3 +66,22 @@ def make(config, steps: int) -> tuple[optax.GradientTransformation, optax.Schedu
         mask=_decayed,
     )
     return optax.chain(clip, adamw), rate
+
+
+def last_update(config, rate: optax.Schedule, opt_state, params) -> tuple[jax.Array, Any]:
+    """What `make`'s optimizer did last, from its state alone: the learning rate [] and the step, a dict like params.
+
+    Decay is that of the parameters after it, which differ by a share of the rate.
+    """
+    is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
+    (adam,) = (node for node in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(node))
+    count = jnp.maximum(adam.count, 1)
+    now = rate(count - 1)
+    made = jnp.where(adam.count > 0, now, 0.0)
+    first, second = 1 - config.b1**count, 1 - config.b2**count
+
+    def step(m, v, p, decays):
+        update = (m / first) / (jnp.sqrt(v / second) + config.eps)
+        return made * (update + config.weight_decay * p if decays else update)
+
+    return now, jax.tree.map(step, adam.mu, adam.nu, params, _decayed(params))

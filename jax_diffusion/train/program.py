@@ -12,7 +12,7 @@ import optax
 
 from jax_diffusion import config as configs
 from jax_diffusion import experiment, lowering, sharding
-from jax_diffusion.train import optim, state, step
+from jax_diffusion.train import metrics, optim, state, step
 
 
 class Program(NamedTuple):
@@ -37,31 +37,57 @@ class Program(NamedTuple):
         """The initial state, made in its shards, and its shardings."""
         return state.create(self.init, key, self.mesh, self.config.mesh.rules)
 
+    def replication_note(self) -> str:
+        """A line for the log where much of the state is on every device against the mesh's wish; or ""."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return sharding.replication_note(self.mesh, shapes, self.config.mesh.rules)
+
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of uint8 images and int32 labels. Data that is not images says its own, experiment.abstract_batch."""
         size = self.config.train.batch_size
         batch = {"image": jax.ShapeDtypeStruct((size, *self.shape), jnp.uint8)}
         return batch | ({"label": jax.ShapeDtypeStruct((size,), jnp.int32)} if self.num_classes else {})
 
+    @property
+    def _objective_options(self) -> dict:
+        c = self.config
+        return {
+            "seed": c.seed,
+            "rng": c.train.rng,
+            "condition": self.parts.condition,
+            "flip": c.data.flip,
+            "label_dropout": c.train.label_dropout,
+            "accumulate": c.train.accumulate,
+        }
+
+    def objective(self) -> step.Objective:
+        """The part of the training step before the optimizer."""
+        parts = self.parts
+        return step.make_objective(parts.network, parts.process, parts.times, **self._objective_options)
+
     def train_step(self) -> Callable:
         """(state, batch) -> (state, metrics), not compiled."""
-        c = self.config
+        c, parts = self.config, self.parts
         return step.make_train_step(
-            self.parts.network,
-            self.parts.process,
-            self.parts.times,
+            parts.network,
+            parts.process,
+            parts.times,
             self.optimizer,
-            seed=c.seed,
-            rng=c.train.rng,
-            condition=self.parts.condition,
-            flip=c.data.flip,
-            label_dropout=c.train.label_dropout,
-            accumulate=c.train.accumulate,
             ema_decay=c.ema.decay,
             ema_warmup=c.ema.warmup,
             ema_profiles=c.ema.profiles,
+            spike=c.train.spike,
             one_device=self.mesh.size == 1,
+            **self._objective_options,
         )
+
+    def vitals(self) -> Callable[[state.TrainState], dict[str, jax.Array]]:
+        """metrics.make_vitals, compiled."""
+        abstract, shardings = self.abstract_state()
+        function = metrics.make_vitals(self.config.optim, self.learning_rate)
+        platform = self.mesh.devices.flat[0].platform
+        options = {"in_shardings": (shardings,), "out_shardings": sharding.replicated(self.mesh)}
+        return lowering.jit(function, platform, **options).lower(abstract).compile()
 
     def trace(self, batch: dict[str, jax.ShapeDtypeStruct] | None = None, steps: int = 1):
         """The traced training step: `.jaxpr` to count, `.lower().compile()` to run.
@@ -85,7 +111,11 @@ def build(config: configs.ConfigDict, shape: tuple[int, ...], num_classes: int, 
     """The program of a config for samples of `shape` and `num_classes` (0: none). Raises UserError as its parts do."""
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
     optimizer, learning_rate = optim.make(config.optim, config.train.steps)
-    parts = experiment.build(config, shape, num_classes, sharding.activation_constraint(mesh))
+    parts = experiment.build(config, shape, num_classes, sharding.Constraint(mesh))
     # Jitted here, because then shapes, shardings and the initial state itself trace it once among them.
     init = jax.jit(state.make_init(parts.network, optimizer, parts.times, parts.process, len(config.ema.profiles)))
-    return Program(config, mesh, tuple(shape), num_classes, parts, optimizer, learning_rate, init)
+    built = Program(config, mesh, tuple(shape), num_classes, parts, optimizer, learning_rate, init)
+    if mesh.shape["tensor"] > 1:
+        abstract, _ = built.abstract_state()
+        sharding.check_tensor(mesh, abstract.params, f"model={config.model.name}")
+    return built

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jax_diffusion.train import metrics
+
 
 def count(n: float, unit: str = "") -> str:
     """1234567 -> "1.23 M": three digits and a prefix."""
@@ -27,6 +29,7 @@ class Record(NamedTuple):
     step: int
     scalars: dict[str, float]
     line: str
+    in_a_row: np.ndarray  # [steps], of each step of the period: how many were skipped in a row up to it
 
 
 class Meter:
@@ -48,42 +51,47 @@ class Meter:
         if len(self._current) > self.IN_FLIGHT:
             jax.block_until_ready(self._current[-1 - self.IN_FLIGHT][1])
 
-    def roll(self, step: int, **extra: Any) -> list[Record]:
+    def roll(self, step: int, extra: dict[str, Any]) -> list[Record]:
         """Ends a period at `step` and returns the one before it. extra: numbers, or arrays still on the device."""
         now = time.perf_counter()
         before, self._pending = self._pending, (step, self._current, now - self._clock, extra)
         self._current, self._clock = [], now
         return [self._finish(*before)] if before else []
 
-    def flush(self, step: int, **extra: Any) -> list[Record]:
+    def flush(self, step: int, extra: dict[str, Any]) -> list[Record]:
         """Waits for the devices and returns all that is left, the current period included."""
         jax.block_until_ready([m for _, m in self._current])
-        out = self.roll(step, **extra) if self._current else []
+        out = self.roll(step, extra) if self._current else []
         if self._pending:
             out.append(self._finish(*self._pending))
             self._pending = None
         return out
+
+    def forget(self) -> None:
+        """Drops what was not returned yet: of steps that a rollback has taken back."""
+        self._current, self._pending = [], None
 
     def restart_clock(self) -> None:
         """Called after work that is not training, so that it does not count in the rates."""
         self._clock = time.perf_counter()
 
     def _finish(self, step: int, dispatches: list, seconds: float, extra: dict) -> Record:
-        steps = np.array([n for n, _ in dispatches])
+        steps = sum(n for n, _ in dispatches)
         values, extra = jax.device_get(([m for _, m in dispatches], extra))
-        rate = steps.sum() / max(seconds, 1e-9)
-        mean = {k: float(np.average([v[k] for v in values], weights=steps)) for k in values[0]}
+        period = metrics.summarise([(n, m) for (n, _), m in zip(dispatches, values, strict=True)])
+        rate = steps / max(seconds, 1e-9)
         scalars = {
-            **mean,
+            **period.scalars,
             "images_per_s": rate * self.batch_size,
             "flops_per_s": rate * self.flops,
             **({"mfu": rate * self.flops / self.peak} if self.peak else {}),
-            **{k: float(v) for k, v in extra.items()},
+            **{k: float(v) for k, v in extra.items() if np.isfinite(v)},  # JSON has no infinity
         }
         used = f"  MFU {scalars['mfu']:.1%}" if self.peak else ""
         left = duration((self.total_steps - step) / rate)
+        loss = f"loss {scalars['loss']:.4f}" if "loss" in scalars else "all skipped"
         line = (
-            f"step {step:>{len(f'{self.total_steps:,}')},}/{self.total_steps:,}  loss {mean['loss']:.4f}  "
+            f"step {step:>{len(f'{self.total_steps:,}')},}/{self.total_steps:,}  {loss}  "
             f"{count(scalars['images_per_s'], 'img/s')}  {count(scalars['flops_per_s'], 'FLOP/s')}{used}  ETA {left}"
         )
-        return Record(step, scalars, line)
+        return Record(step, scalars, line, period.in_a_row)

@@ -1,8 +1,7 @@
 """From a config and a workdir to everything a run is made of; every check a user may fail is made here."""
 
-import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,11 +9,14 @@ import numpy as np
 from jax_diffusion import config as configs
 from jax_diffusion import data, experiment, lowering, sharding
 from jax_diffusion.errors import UserError, choose
-from jax_diffusion.train import checkpoint, posthoc, program, step
+from jax_diffusion.train import checkpoint, loggers, posthoc, program, step, stored
+from jax_diffusion.train.workdir import read_config, read_facts, save_facts
 
 # What a resumed run may not change: the same step would mean something else.
 FIXED = ("seed", "condition.", "process.", "model.", "data.", "optim.", "ema.decay", "ema.warmup",
          "ema.profiles", "train.batch_size", "train.label_dropout", "train.rng")  # fmt: skip
+# Of these, what says where the same data lies and how the same batches are made: `_check_same_data` looks at the rest.
+FREE = ("data.path", "data.eval_path", "data.max_bytes", "data.prefetch_bytes", "data.on_device", "data.workers")
 
 
 class Setup(NamedTuple):
@@ -43,17 +45,17 @@ class Setup(NamedTuple):
 
 def settle_config(config: configs.ConfigDict | None, workdir: pathlib.Path) -> configs.ConfigDict:
     """The config of the run: the given one, held against the one the workdir was started with."""
-    saved = workdir / "config.json"
-    if not saved.exists():
+    try:
+        old = read_config(workdir)
+    except FileNotFoundError:
         if config is None:
             raise UserError(
                 f"--workdir={workdir} holds no run to resume: start one with --config, for instance --config=digits"
-            )
+            ) from None
         return config
-    old = configs.from_json(saved.read_text())
     if config is None or checkpoint.only_weights(workdir):  # nothing was trained here yet: all may still be chosen
         return config or old
-    bad = [line for line in configs.differences(old, config) if line.startswith(FIXED)]
+    bad = [line for line in configs.differences(old, config) if line.startswith(FIXED) and not line.startswith(FREE)]
     if bad:
         raise UserError(
             f"--workdir={workdir} was started with another config ({'; '.join(bad)}): use another workdir, or "
@@ -68,19 +70,26 @@ def prepare(config: configs.ConfigDict, workdir: pathlib.Path) -> Setup:
     for field in ("steps", "batch_size", "accumulate", "steps_per_dispatch", "log_every", "checkpoint_every"):
         if t[field] < 1:
             raise UserError(f"--config.train.{field}={t[field]} must be at least 1")
+    for field in ("max_bad_steps", "max_rollbacks", "stall_seconds"):
+        if t[field] < 0:
+            raise UserError(f"--config.train.{field}={t[field]} must be at least 0")
+    if t.spike and t.spike <= 1:
+        raise UserError(f"--config.train.spike={t.spike} is how many times its mean a loss may be: 0 (off), or above 1")
     choose("--config.train.rng", t.rng, step.GENERATORS)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     lowering.keep_memory(mesh.devices.flat[0].platform)
     sharding.check_batch(mesh, t.batch_size, t.accumulate)  # before the data is opened
 
-    source = data.load(config.data, "train")
-    held_out = data.load(config.data, "eval") if t.eval_every else None
+    splits = ("train", "eval") if t.eval_every else ("train",)
+    source, held_out = (*data.load_splits(config.data, *splits), None)[:2]
     names = source.class_names if config.data.labels and source.num_classes else ()
     _check_imported(workdir, source.shape, names)
+    _check_same_data(workdir, source, names)
     built = program.build(config, source.shape, len(names), mesh)
     experiment.default_table(config, built.parts.process)  # a wrong solver is said now, not at the first samples
 
     posthoc.check(config.ema)
+    loggers.parse(t.loggers)
     return Setup(config, workdir, source, held_out, names, built)
 
 
@@ -97,12 +106,20 @@ def _check_imported(workdir: pathlib.Path, shape: tuple[int, ...], names: tuple[
         )
 
 
-def read_facts(workdir: pathlib.Path) -> dict[str, Any]:
-    """dataset.json, {} where there is none yet."""
-    try:
-        return json.loads((workdir / "dataset.json").read_text())
-    except FileNotFoundError:
-        return {}
+def _check_same_data(workdir: pathlib.Path, source: data.Source, names: tuple[str, ...]) -> None:
+    """Raises UserError where the data has changed since the run was started: its steps would mean something else."""
+    facts = read_facts(workdir)
+    if "train_examples" not in facts or not stored.steps(stored.folder_of(workdir)):
+        return
+    old = (facts["train_examples"], tuple(facts["shape"]), tuple(facts["class_names"]))
+    for what, was, now in zip(
+        ("examples", "shape", "classes"), old, (len(source), tuple(source.shape), names), strict=True
+    ):
+        if was != now:
+            raise UserError(
+                f"--workdir={workdir} was started on other data (its {what}: {was}, now {now}): give that data with "
+                "--config.data.path, or use another workdir"
+            )
 
 
 def describe(s: Setup) -> str:
@@ -132,19 +149,6 @@ def write_facts(s: Setup) -> None:
         imported = read_facts(s.workdir).get("imported")
         facts |= {} if imported is None else {"imported": imported}
         save_facts(s.workdir, s.config, facts)
-
-
-def save_facts(workdir: pathlib.Path, config: configs.ConfigDict, facts: dict[str, Any]) -> None:
-    """config.json, and dataset.json with at least "shape" and "class_names"."""
-    _write_whole(workdir / "dataset.json", json.dumps(facts, indent=2) + "\n")
-    _write_whole(workdir / "config.json", configs.to_json(config))
-
-
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    """Never half a file: another process, or a later run, may be reading it."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def eval_indices(n: int, batch_size: int, batch: int) -> np.ndarray:

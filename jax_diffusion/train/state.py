@@ -10,13 +10,14 @@ import optax
 from jax_diffusion import sharding
 from jax_diffusion.models import Network
 from jax_diffusion.process import Gaussian
+from jax_diffusion.train import guard
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """step: int32 []; params, ema: the network's dict; opt_state: optax's; timesteps: the time sampler's; averages:
-    a dict like params for each power-function profile."""
+    a dict like params for each power-function profile; faults: the counters of guard.py."""
 
     step: jax.Array
     params: Any
@@ -24,6 +25,7 @@ class TrainState:
     ema: Any
     timesteps: Any
     averages: tuple = ()
+    faults: dict[str, jax.Array] = dataclasses.field(default_factory=guard.fresh)
 
 
 def make_init(network: Network, optimizer: optax.GradientTransformation, times, process: Gaussian, profiles: int = 0):
@@ -39,6 +41,7 @@ def make_init(network: Network, optimizer: optax.GradientTransformation, times, 
             ema=jax.tree.map(jnp.copy, params),
             timesteps=times.init(process.schedule),
             averages=tuple(jax.tree.map(jnp.copy, params) for _ in range(profiles)),
+            faults=guard.fresh(),
         )
 
     return init

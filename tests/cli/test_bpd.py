@@ -34,7 +34,7 @@ def test_evaluate_writes_both_splits_with_standard_errors(workdir, capsys):
     assert out.count(" bits/dim of 6 training images, ") == 2 and out.count("+-") == 4
     assert "dequantised" in out and "true labels" in out
     written = json.loads((workdir / "evaluation.json").read_text())
-    assert written["step"] == 60 and set(written) == {"step", "bpd", "vlb"}
+    assert written["step"] == 60 and {"bpd", "vlb"} == {*written} & {"bpd", "vlb", "accuracy", "frechet"}
     for metric in ("bpd", "vlb"):
         for split in ("train", "eval"):
             got = written[metric][split]
@@ -62,6 +62,18 @@ def test_the_labels_and_the_weights_matter(workdir):
 
     wrong = evals.vlb(model, Mislabelled(), 12, 4)
     assert abs(raw.mean - kept.mean) > 1e-4 and wrong.mean != kept.mean
+
+
+def test_a_model_compiles_a_likelihood_once(workdir, monkeypatch):
+    model, traced = models.load(workdir), []
+    inner = evals.likelihood.log_likelihood
+    monkeypatch.setattr(evals.likelihood, "log_likelihood", lambda *a, **k: traced.append(1) or inner(*a, **k))
+    for split in ("train", "eval"):
+        evals.bpd(model, data.load(model.config.data, split), 4)
+    assert len(traced) == 1
+    other = models.load(workdir)
+    evals.bpd(other, data.load(model.config.data, "eval"), 4)
+    assert len(traced) == 2  # another model, another program
 
 
 def test_standard_errors_are_those_of_the_values():

@@ -73,7 +73,8 @@ def test_rescale_is_diffusers(prediction, phi):
         return p.x0(jnp.where(y[:, None, None, None] == 2, said_null[: len(y)], said_cond[: len(y)]), x, t)
 
     def both(x, t, y):
-        return p.x0(jnp.concatenate([said_cond, said_null]), x, t) if len(y) == 2 * B else denoise(x, t, y)
+        said = jnp.stack([said_cond, said_null], 1).reshape(-1, 6, 6, 3)  # in turn, as classifier_free lays them
+        return p.x0(said, x, t) if len(y) == 2 * B else denoise(x, t, y)
 
     settings = Settings(5.0, rescale=phi)
     got = x0(guidance.classifier_free(both, LABELS, NULL, settings, p), x, t)

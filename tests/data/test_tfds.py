@@ -75,6 +75,18 @@ def test_splits(split, max_bytes, both, cfg):
     assert got == (pictures(0, 20) if split == "train" else pictures(1, 6))
 
 
+def test_its_files_are_shards_like_any(both, cfg, monkeypatch, tmp_path):
+    """As tensorflow-datasets writes them: tf.train.Example, the splits and the classes in the files' names."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for split in ("train", "eval"):
+        want = load(cfg(source="tfds", name="tiny", path=both), split)
+        got = load(cfg(source="array_record", path=both / "tiny" / "1.0.0"), split)
+        assert (got.class_names, len(got)) == (want.class_names, len(want))
+        for key, leaf in want.batch(np.arange(len(want))).items():
+            np.testing.assert_array_equal(got.batch(np.arange(len(want)))[key], leaf)
+    assert not list(tmp_path.iterdir()), "with the classes known no labels are read"
+
+
 def test_no_tensorflow_is_imported(both):
     code = f"""if True:
         import sys

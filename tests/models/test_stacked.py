@@ -21,7 +21,7 @@ def specs(network, fsdp):
 
 
 def mesh(fsdp):
-    return SimpleNamespace(shape={"fsdp": fsdp})
+    return SimpleNamespace(shape={"data": 1, "fsdp": fsdp, "tensor": 1})
 
 
 @pytest.mark.parametrize("name, size", SIZES)

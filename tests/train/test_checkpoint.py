@@ -9,6 +9,7 @@ import pytest
 
 from jax_diffusion import model as models
 from jax_diffusion.errors import UserError
+from jax_diffusion.train import manifest, sums
 from jax_diffusion.train.checkpoint import Checkpointer, restore_weights
 from jax_diffusion.train.state import TrainState
 
@@ -81,6 +82,28 @@ def test_another_network_is_said_in_one_line(saved):
     with Checkpointer(saved) as checkpoints, pytest.raises(UserError) as error:
         checkpoints.restore(abstract(state(0, size=2048)))
     assert "checkpoint 5 does not fit this config" in str(error.value) and "\n" not in str(error.value)
+    assert "params/w is float32 [4096] in the checkpoint and float32 [2048] here" in str(error.value)
+
+
+def test_a_sum_is_the_formula():
+    def mixed(x):
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    x = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    bits = [int(b) for b in x.view(np.uint32).ravel()]
+    assert sums.of_tree({"x": x})["x"] == sum(mixed(b ^ mixed(i)) for i, b in enumerate(bits)) % 2**32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_])
+def test_a_sum_knows_every_element_and_its_place(dtype):
+    x = jax.random.bernoulli(jax.random.key(0), shape=(7, 5)).astype(dtype)
+    one = sums.of_tree({"x": x})
+    assert one == sums.of_tree({"x": x})
+    flips = [x.at[i, j].set(1 - x[i, j] if dtype != jnp.bool_ else ~x[i, j]) for i in range(7) for j in range(5)]
+    found = {sums.of_tree({"x": y})["x"] for y in (x, *flips, x[::-1], x[:, ::-1])}
+    assert len(found) == 1 + len(flips) + 2
 
 
 def data_files(folder):
@@ -92,17 +115,21 @@ def data_files(folder):
 @pytest.mark.parametrize("item", ["params", "ema", "rest"])
 @pytest.mark.parametrize("place", [0.3, 0.6])
 def test_a_flipped_byte_is_noticed(tmp_path, item, place):
+    """By the manifest; and without one, as in a checkpoint of an old version, by the checksums of the leaves."""
     save(tmp_path, {9: 0.1})
-    file = data_files(tmp_path / "checkpoints" / "9" / item)[0]
+    step = tmp_path / "checkpoints" / "9"
+    file = data_files(step / item)[0]
     data = bytearray(file.read_bytes())
     data[int(place * len(data))] ^= 0xFF
     file.write_bytes(data)
-    with Checkpointer(tmp_path) as checkpoints, pytest.raises(UserError, match="checkpoint 9 is corrupt") as e:
-        checkpoints.restore(abstract(state(0)))
-    assert "\n" not in str(e.value)
-    if item != "rest":
-        with pytest.raises(UserError, match="checkpoint 9 is corrupt"):
-            restore_weights(tmp_path, abstract(state(0).params), ema=item == "ema")
+    for named in (str(file), str(step / item)):
+        with Checkpointer(tmp_path) as checkpoints, pytest.raises(UserError, match="checkpoint 9 is damaged") as e:
+            checkpoints.restore(abstract(state(0)))
+        assert "\n" not in str(e.value) and named in str(e.value)
+        if item != "rest":
+            with pytest.raises(UserError, match="checkpoint 9 is damaged"):
+                restore_weights(tmp_path, abstract(state(0).params), step=9, ema=item == "ema")
+        manifest.write(step)  # of what is there now
 
 
 def test_a_run_keeps_its_average_beside_its_weights(run):

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from jax_diffusion.cli.main import main
+from jax_diffusion.train.events import due
 from jax_diffusion.train.interrupt import Interrupt
-from jax_diffusion.train.loop import due
 from jax_diffusion.train.report import Meter, count, duration
 
 
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def metrics(workdir, name="metrics"):
+    return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
 
 
 def test_metrics_are_one_json_object_a_line(run):
@@ -28,11 +28,19 @@ def test_metrics_are_one_json_object_a_line(run):
     assert [r["step"] for r in training] == [10, 20, 30, 40, 50, 60]
     assert [r["step"] for r in records if "val_loss" in r] == [30, 60]
     for r in training:
-        values = [r[k] for k in ("loss", "grad_norm", "images_per_s", "flops_per_s", "learning_rate", "time")]
-        assert all(math.isfinite(v) and v >= 0 for v in values)
-        assert r["images_per_s"] > 0 and 0 <= r["input_wait"] <= 1
+        assert all(math.isfinite(r[k]) and r[k] >= 0 for k in ("loss", "grad_norm", "learning_rate"))
+
+
+def test_what_depends_on_the_clock_has_its_own_file(run):
+    records = metrics(run.workdir, "speed")
+    assert [r["step"] for r in records] == [10, 20, 30, 40, 50, 60]
+    clock = {key for r in records for key in r} - {"step"}
+    assert clock >= {"time", "images_per_s", "flops_per_s", "input_wait"}
+    assert not any(clock & r.keys() for r in metrics(run.workdir))
+    for r in records:
+        assert r["images_per_s"] > 0 and r["time"] > 1e9 and 0 <= r["input_wait"] <= 1
     # FLOP/s over img/s is the work of one image: the same in every period.
-    work = [r["flops_per_s"] / r["images_per_s"] for r in training]
+    work = [r["flops_per_s"] / r["images_per_s"] for r in records]
     np.testing.assert_allclose(work, work[0], rtol=1e-9)
     assert work[0] > 1e5
 
@@ -82,16 +90,32 @@ def test_due_once_a_period_however_long_a_dispatch(steps, every):
     assert not due(0, 0, 100)
 
 
+def said(loss):
+    """What steps of these losses say of themselves."""
+    n = len(loss)
+    return n, {"loss": np.float32(loss), "in_a_row": np.zeros(n, int), "by_time": np.ones((n, 2, 4))}
+
+
 def test_a_meter_weighs_dispatches_by_their_steps():
     meter = Meter(total_steps=10, batch_size=4, flops_per_step=1e3)
-    meter.add(3, {"loss": np.float32(1.0)})
-    meter.add(1, {"loss": np.float32(5.0)})
-    assert meter.roll(4) == []  # one period late
-    meter.add(2, {"loss": np.float32(7.0)})
-    (first,) = meter.roll(6)
-    (second,) = meter.flush(6)
+    meter.add(*said([1.0, 1.0, 1.0]))
+    meter.add(*said([5.0]))
+    assert meter.roll(4, {}) == []  # one period late
+    meter.add(*said([6.0, 8.0]))
+    (first,) = meter.roll(6, {})
+    (second,) = meter.flush(6, {"of": np.float32(3)})
     assert (first.step, first.scalars["loss"]) == (4, 2.0) and (second.step, second.scalars["loss"]) == (6, 7.0)
     assert first.scalars["flops_per_s"] == pytest.approx(first.scalars["images_per_s"] / 4 * 1e3)
+
+
+def test_a_meter_forgets_what_a_rollback_takes_back():
+    meter = Meter(total_steps=10, batch_size=4, flops_per_step=1e3)
+    for step in (1, 2):
+        meter.add(*said([1.0]))
+        meter.roll(step, {})
+    meter.add(*said([1.0]))
+    meter.forget()
+    assert meter.flush(3, {}) == []
 
 
 def test_numbers_as_people_write_them():

@@ -169,7 +169,7 @@ def test_a_cpu_has_a_share_where_its_matmuls_are_timed(tiny, tmp_path, monkeypat
     loop.train(config, tmp_path / "timed", measure_peak=True, log=lines.append)
     loop.train(config, tmp_path / "not", log=lines.append)
     timed, untimed = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (tmp_path / name / "speed.jsonl").read_text().splitlines()]
         for name in ("timed", "not")
     )
     assert [r["mfu"] / r["flops_per_s"] for r in timed] == pytest.approx([1 / 3e12] * 2)

@@ -75,6 +75,12 @@ def test_the_validation_loss_does_not_notice(runs):
     assert validation(runs.resumed) == validation(runs.one) == validation(runs.again)
 
 
+def test_what_is_measured_is_a_function_of_the_step(runs):
+    """Byte for byte; that a kill does not show either is shown by test_faults_kill.py."""
+    one, again = ((run.workdir / "metrics.jsonl").read_bytes() for run in (runs.one, runs.again))
+    assert one == again and len(one.splitlines()) >= 5
+
+
 def test_a_finished_run_resumed_does_nothing(runs):
     again = loop.train(None, runs.one.workdir, log=lambda line: None)
     assert again.finished and again.step == runs.end
