@@ -44,8 +44,13 @@ def attention(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) 
     return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=jax.nn.dot_product_attention)
 
 
-def split_qkv(qkv_BxTx3xNxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k and v, [B, T, N, D] each. By lax.split, whose gradient puts the three together in one copy; that of
-    indexing pads each to the whole and adds them."""
-    q, k, v = jax.lax.split(qkv_BxTx3xNxD, (1, 1, 1), axis=2)
-    return q[:, :, 0], k[:, :, 0], v[:, :, 0]
+def split_qkv(qkv_BxTx3ND: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k and v, [B, T, N, D] each, of what one matrix has made: all of q, then k, then v.
+
+    Cut before there is an axis of heads, so that each lies in memory as it will be used: TPUs would copy all three
+    otherwise. By lax.split, whose gradient puts them together in one copy; that of indexing pads each and adds.
+    """
+    b, t, width = qkv_BxTx3ND.shape
+    parts = jax.lax.split(qkv_BxTx3ND, (width // 3,) * 3, axis=2)
+    q, k, v = (part.reshape(b, t, heads, -1) for part in parts)
+    return q, k, v

@@ -54,7 +54,9 @@ class Run:
         for i in range(first, first + steps):
             rng = np.random.default_rng(i)
             batch = {"image": rng.integers(0, 256, (16, *SHAPE), np.uint8), "label": rng.integers(0, 10, 16, np.int32)}
-            state, _ = self.step(state, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
+            batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
+            # Waited for: two programs at once would want more threads than eight CPU devices have.
+            state, _ = jax.block_until_ready(self.step(state, jax.block_until_ready(batch)))
         return state
 
     def start(self):
@@ -64,7 +66,7 @@ class Run:
         rng = np.random.default_rng(1)
         params = tree.unflatten([p + 0.05 * rng.standard_normal(p.shape).astype(np.float32) for p in leaves])
         first = dataclasses.replace(first, params=params, ema=params)
-        return jax.tree.map(lambda a, s: jax.device_put(jnp.array(a), s), first, self.shardings)
+        return jax.block_until_ready(jax.tree.map(lambda a, s: jax.device_put(jnp.array(a), s), first, self.shardings))
 
 
 def furthest(a, b):

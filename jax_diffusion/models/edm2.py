@@ -37,8 +37,8 @@ class CosineAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        qkv = self.qkv(x).reshape(b, h * w, 3, self.heads, c // self.heads)
-        q, k, v = split_qkv(normalize(qkv, (-1,)))
+        qkv = split_qkv(self.qkv(x).reshape(b, h * w, 3 * c), self.heads)
+        q, k, v = (normalize(part, (-1,)) for part in qkv)
         y = attention(q, k, v)
         return mp_sum(x, self.out(y.reshape(b, h, w, c)), self.balance)
 

@@ -39,8 +39,7 @@ class AttentionPool(nnx.Module):
         b, h, w, c = x.shape
         x = x.reshape(b, h * w, c)
         x_BxNxC = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + self.position[...][None]
-        qkv = self.qkv(x_BxNxC).reshape(b, h * w + 1, 3, self.heads, c // self.heads)
-        q, k, v = split_qkv(qkv)
+        q, k, v = split_qkv(self.qkv(x_BxNxC), self.heads)
         return self.out(attention(q[:, :1], k, v).reshape(b, c))
 
 

@@ -217,8 +217,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         y = x if self.norm is None else self.norm(x)
-        qkv = self.qkv(y.reshape(b, h * w, c))
-        q, k, v = split_qkv(qkv.reshape(b, h * w, 3, self.heads, c // self.heads))
+        q, k, v = split_qkv(self.qkv(y.reshape(b, h * w, c)), self.heads)
         y = attention(q, k, v)
         x = x + self.out(y.reshape(b, h * w, c)).reshape(x.shape).astype(x.dtype)
         return x if self.scale == 1 else x / self.scale

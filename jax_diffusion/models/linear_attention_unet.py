@@ -117,8 +117,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
-        qkv = self.qkv(self.norm(x).reshape(b, height * width, c))
-        q, k, v = split_qkv(qkv.reshape(b, height * width, 3, self.heads, -1))
+        q, k, v = split_qkv(self.qkv(self.norm(x).reshape(b, height * width, c)), self.heads)
         if self.memory is not None:
             extra = jnp.broadcast_to(self.memory[...].astype(k.dtype)[:, None], (2, b, *self.memory.shape[1:]))
             k, v = jnp.concatenate([extra[0], k], 1), jnp.concatenate([extra[1], v], 1)

@@ -53,24 +53,24 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
         b, t, d = x.shape
-        q, k, v = split_qkv(self._project(x, constrain))
+        q, k, v = split_qkv(self.qkv(x), self.heads) if constrain.tensor == 1 else self._by_heads(x, constrain)
         y = attention(q, k, v)
         return constrain.whole(self.out(constrain.features(y.reshape(b, t, d), 2)))
 
-    def _project(self, x: jax.Array, constrain: Constraint) -> jax.Array:
-        """[B, T, 3, N, D / N], whose heads N may lie on several devices."""
+    def _by_heads(self, x: jax.Array, constrain: Constraint) -> Sequence[jax.Array]:
+        """q, k and v, whose heads lie on several devices.
+
+        The matrix is brought to its heads, not its outputs to theirs: they are many more. In two steps, each of which
+        is one collective: gathered over fsdp, then from inputs to heads.
+        """
         split = (3, self.heads, x.shape[-1] // self.heads)
-        if constrain.tensor == 1:
-            return self.qkv(x).reshape(*x.shape[:2], *split)
-        # The matrix is brought to its heads, not its outputs to theirs: they are many more. In two steps, each of
-        # which is one collective: gathered over fsdp, then from inputs to heads.
         dtype = self.qkv.dtype or x.dtype
         kernel = constrain.weight(self.qkv.kernel[...].astype(dtype), 0)
         kernel = constrain.weight(constrain.weight(kernel.reshape(-1, *split), 0), 2)
         y = jnp.einsum("btd,dsnh->btsnh", x.astype(dtype), kernel)
         if self.qkv.bias is not None:
             y = y + constrain.weight(self.qkv.bias[...].astype(dtype).reshape(split), 1)[None, None]
-        return constrain.features(y, 3)
+        return [part[:, :, 0] for part in jax.lax.split(constrain.features(y, 3), (1, 1, 1), axis=2)]
 
 
 @functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)

@@ -17,6 +17,8 @@ import numpy as np
 
 from jax_diffusion.sharding import path_name
 
+# Programs under way: a CPU device takes no more than 32, and one that has no room lets the others wait for it for ever.
+AT_ONCE = 16
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -43,5 +45,7 @@ def _hash(x: jax.Array) -> jax.Array:
 def of_tree(tree: Any) -> dict[str, int]:
     """path -> sum of every leaf. Of several processes all have to call it, and all get the same."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get([_sum(leaf) for _, leaf in leaves])
+    sums = []
+    for first in range(0, len(leaves), AT_ONCE):
+        sums += jax.device_get([_sum(leaf) for _, leaf in leaves[first : first + AT_ONCE]])
     return {path_name(path): int(s) for (path, _), s in zip(leaves, sums, strict=True)}
