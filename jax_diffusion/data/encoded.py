@@ -14,6 +14,7 @@ from jax_diffusion.data.images import Format
 from jax_diffusion.data.order import Order, Shuffled
 from jax_diffusion.data.reader import Encoded, Reader
 from jax_diffusion.data.source import ArraySource, Source
+from jax_diffusion.errors import printable
 from jax_diffusion.progress import Progress
 
 log = logging.getLogger("jax_diffusion.data")
@@ -46,7 +47,7 @@ def open_encoded(
     skipped = reader.skipped
     if skipped:
         shown = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        log.warning("%s: skipped %d corrupt of %d images: %s", name, len(skipped), len(items), shown)
+        log.warning("%s: skipped %d corrupt of %d images: %s", name, len(skipped), len(items), printable(shown))
     return ArraySource(images, labels if class_names else None, name=name, class_names=class_names, skipped=skipped)
 
 
@@ -152,4 +153,4 @@ class LazySource:
             new = {i: name for i, name in self.reader.bad.items() if i not in self._warned}
             self._warned |= new.keys()
         for _, name in sorted(new.items()):
-            log.warning("%s: skipped corrupt image %s", self.name, name)
+            log.warning("%s: skipped corrupt image %s", self.name, printable(name))
