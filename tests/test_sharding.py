@@ -78,7 +78,8 @@ def test_fsdp_moments_lie_as_their_parameters(seen):
 
 def test_fsdp_holds_an_eighth_of_the_bytes(seen):
     assert seen["bytes"][0] == seen["bytes"][1]
-    assert seen["all_bytes"] / 8 <= seen["bytes"][0] < 1.03 * seen["all_bytes"] / 8
+    # The labels' table lies whole on each device, by its rule: 1 % of this small network, eight times.
+    assert seen["all_bytes"] / 8 <= seen["bytes"][0] < 1.1 * seen["all_bytes"] / 8
     assert seen["replicated_bytes"] == seen["all_bytes"]
 
 

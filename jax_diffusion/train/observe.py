@@ -22,7 +22,8 @@ class Validator:
             s.parts.network, s.parts.process, s.parts.times, seed=s.config.seed, condition=s.parts.condition
         )
         self._step = lowering.jit(step, in_shardings=(shardings.ema, place, None))
-        self._batch = lambda i: jax.device_put(s.held_out.batch(eval_indices(n, t.batch_size, i)), place)
+        indices = eval_indices(n, t.batch_size, self.batches)
+        self._batch = lambda i: jax.device_put(s.held_out.batch(indices[i]), place)
 
     def __call__(self, ema) -> float:
         losses = [self._step(ema, self._batch(i), i) for i in range(self.batches)]

@@ -151,6 +151,8 @@ def write_facts(s: Setup) -> None:
         save_facts(s.workdir, s.config, facts)
 
 
-def eval_indices(n: int, batch_size: int, batch: int) -> np.ndarray:
-    """The examples of validation batch number `batch`: always the same, wrapping where the set is small."""
-    return np.arange(batch * batch_size, (batch + 1) * batch_size) % n
+def eval_indices(n: int, batch_size: int, batches: int) -> np.ndarray:
+    """The examples of validation, [batches, B], always the same: evenly over the set, which may be sorted by class, and
+    from its beginning again where it is small."""
+    total = batch_size * batches
+    return (np.arange(total) * max(n, total) // total % n).reshape(batches, batch_size)

@@ -16,6 +16,7 @@ from jax_diffusion.cli.main import main
 from jax_diffusion.train.events import due
 from jax_diffusion.train.interrupt import Interrupt
 from jax_diffusion.train.report import Meter, count, duration
+from jax_diffusion.train.setup import eval_indices
 
 
 def metrics(workdir, name="metrics"):
@@ -168,3 +169,14 @@ def test_ctrl_c_saves_and_says_how_to_resume(arguments, tmp_path, capsys):
     assert main(["train", f"--workdir={tmp_path}", f"--stop_at={step + 10}"]) == 0
     out = capsys.readouterr().out
     assert f"at step {step:,} of 1,000,000" in out and f"saved at step {step + 10:,};" in out
+
+
+@pytest.mark.parametrize("n, size, batches", [(1000, 16, 4), (10, 4, 3), (7, 16, 1), (64, 8, 8), (5, 5, 1)])
+def test_validation_takes_its_examples_from_the_whole_set(n, size, batches):
+    """Of a set sorted by class, examples of every class; all before any twice."""
+    indices = eval_indices(n, size, batches)
+    assert indices.shape == (batches, size) and indices.min() == 0 and indices.max() < n
+    counts = np.bincount(indices.ravel(), minlength=n)
+    assert counts.max() <= -(-batches * size // n)
+    quarters = np.bincount(indices.ravel() * 4 // n, minlength=4)
+    assert n < 16 or quarters.min() * 2 >= quarters.max()
