@@ -145,7 +145,7 @@ def test_what_depends_on_the_clock_is_told_apart(run):
     assert training and not any(is_clock(k) for r in training for k in r)
     last = training[-1]
     assert {"grad_norm", "param_norm", "ema_distance", "update_ratio", "skipped", "rollbacks", *NAMES} <= last.keys()
-    assert 1e-5 < last["update_ratio"] < 0.1 and 0 < last["ema_distance"] < 1
+    assert 0 < last["update_ratio"] < 0.1 and 0 < last["ema_distance"] < 1
     assert sum(k.startswith("param_norm/") for k in last) > 5
     speed = [json.loads(line) for line in (run.workdir / "speed.jsonl").read_text().splitlines()]
     assert all(r["memory/host_peak"] > 0 for r in speed if "images_per_s" in r)

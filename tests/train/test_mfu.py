@@ -157,8 +157,9 @@ def test_the_share_is_of_all_chips(tiny, monkeypatch):
     )
     assert loop._peak(s, False, print) == 8 * 275e12
     meter = Meter(total_steps=4, batch_size=2, flops_per_step=1e12, peak=8 * 275e12)
-    meter.add(1, {"loss": np.float32(1)})
-    (record,) = meter.flush(1, learning_rate=jnp.float32(0.5))
+    said = {"loss": np.float32(1), "by_time": np.ones((2, 4)), "skipped": 0, "spikes": 0, "in_a_row": 0}
+    meter.add(1, {k: np.asarray(v) for k, v in said.items()})
+    (record,) = meter.flush(1, {"learning_rate": jnp.float32(0.5)})
     assert record.scalars["mfu"] == pytest.approx(record.scalars["flops_per_s"] / (8 * 275e12), rel=1e-9)
     assert record.scalars["learning_rate"] == 0.5 and f"MFU {record.scalars['mfu']:.1%}" in record.line
 
