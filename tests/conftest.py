@@ -1,6 +1,10 @@
 """What all tests share: strict JAX, one compilation cache, recipes cut down to seconds, one trained run."""
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from types import SimpleNamespace
 
@@ -35,6 +39,23 @@ def pytest_configure():
 
 
 @pytest.fixture(scope="session")
+def on_virtual_devices():
+    """on_virtual_devices(script, *arguments, devices=8) -> the JSON object that it prints last, run in a process of
+    its own with so many CPU devices."""
+
+    def run(script, *arguments, devices=8, timeout=300):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        done = subprocess.run(
+            [sys.executable, script, *arguments],
+            env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def arguments():
     """arguments("digits", "train.steps=5") -> the command-line overrides of a recipe cut down to seconds."""
     return lambda recipe, *fields: [f"--config.{field}" for field in (*RECIPES[recipe], *fields)]
@@ -63,3 +84,19 @@ def conditioned_run(tiny, tmp_path_factory):
                   "optim.learning_rate=2e-3", "train.sample_every=60", "sampling.num=6")  # fmt: skip
     outcome = loop.train(config, workdir, log=lines.append)
     return SimpleNamespace(workdir=workdir, lines=lines, outcome=outcome, config=config)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium: `pip install playwright` with `playwright install chromium-headless-shell`, or Debian's
+    chromium-headless-shell; skips without."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    with playwright.sync_playwright() as p:
+        try:
+            shown = p.chromium.launch(executable_path=found)
+        except playwright.Error:
+            pytest.skip("no Chromium here")
+        yield shown
+        shown.close()

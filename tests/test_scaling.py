@@ -1,10 +1,6 @@
 """What one of 1, 2, 4, 8 devices computes and sends in a training step, from the compiled program, against theory."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -12,11 +8,8 @@ SCRIPT = pathlib.Path(__file__).with_name("scaling_script.py")
 
 
 @pytest.fixture(scope="module")
-def seen():
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=480)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def seen(on_virtual_devices):
+    return on_virtual_devices(SCRIPT, timeout=480)
 
 
 def sent(measured, *kinds):

@@ -1,11 +1,7 @@
 """Eight devices compute what one computes, each holding its part. All of it in one process with eight CPU devices."""
 
-import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -19,14 +15,8 @@ SCRIPT = pathlib.Path(__file__).with_name("sharding_script.py")
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path_factory.mktemp("eight")],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = json.loads(done.stdout.splitlines()[-1])
+def seen(on_virtual_devices, tmp_path_factory):
+    out = on_virtual_devices(SCRIPT, tmp_path_factory.mktemp("eight"), timeout=900)
     assert out["devices"] == 8
     return out
 

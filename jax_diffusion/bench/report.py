@@ -1,12 +1,12 @@
 """From timed rounds to rows, a table and JSON."""
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from jax_diffusion.bench import measure
+from jax_diffusion.io.whole import whole
 from jax_diffusion.train.report import count
 
 
@@ -133,9 +133,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def write(path: str | os.PathLike, result: dict[str, Any]) -> None:
+def write(path: str | pathlib.Path, result: dict[str, Any]) -> None:
     """The whole result as JSON; never half a file."""
-    path = pathlib.Path(path)
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    draft.replace(path)
+    with whole(path) as draft:
+        draft.write_text(json.dumps(result, indent=1) + "\n")

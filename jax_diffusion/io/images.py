@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_diffusion.data.augment import to_uint8
+from jax_diffusion.io.whole import whole
 
 MARGIN = 2  # pixels between tiles
 
@@ -41,7 +42,7 @@ def side_by_side(*parts: np.ndarray, across: int = 0) -> np.ndarray:
     across: samples in a row; 0 is what makes the picture about square.
     """
     channels = max(p.shape[-1] for p in parts)
-    parts = [np.broadcast_to(p, (*p.shape[:3], channels)) if p.shape[-1] == 1 else np.asarray(p) for p in parts]
+    parts = tuple(np.broadcast_to(p, (*p.shape[:3], channels)) if p.shape[-1] == 1 else np.asarray(p) for p in parts)
     across = across or max(1, round(math.sqrt(len(parts[0]) / len(parts))))
     return grid(np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]), columns=across * len(parts))
 
@@ -80,12 +81,11 @@ def save_picture(path: str | pathlib.Path, picture: np.ndarray) -> None:
     from PIL import Image
 
     path = _parent(path)
-    draft = path.with_name(f"{path.name}.draft")
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"unknown file extension: {path.suffix}")  # as Pillow says it
-    _image(picture).save(draft, format=kind)
-    draft.replace(path)
+    with whole(path) as draft:
+        _image(picture).save(draft, format=kind)
 
 
 def save_grid(path: str | pathlib.Path, samples: np.ndarray, **options) -> None:

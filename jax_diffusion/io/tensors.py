@@ -12,6 +12,7 @@ import ml_dtypes  # noqa: F401  gives NumPy bfloat16
 import numpy as np
 
 from jax_diffusion.errors import UserError
+from jax_diffusion.io.whole import whole
 
 CRC = "crc32"  # in the metadata of the files written here
 
@@ -84,16 +85,14 @@ def open_safetensors(path: pathlib.Path) -> Tensors:
 
 
 def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))  # type: ignore[arg-type]  # an array is a buffer
 
 
 def save(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None):
     """Writes a .safetensors file, whole or not at all, with a CRC of each tensor in its metadata."""
     from safetensors.numpy import save_file
 
-    path = pathlib.Path(path)
     tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     crc = json.dumps({name: _crc(array) for name, array in tensors.items()})
-    draft = path.with_suffix(".draft")
-    save_file(tensors, draft, {"format": "pt", **(metadata or {}), CRC: crc})
-    draft.replace(path)
+    with whole(path) as draft:
+        save_file(tensors, draft, {"format": "pt", **(metadata or {}), CRC: crc})

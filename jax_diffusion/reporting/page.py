@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from jax_diffusion.errors import UserError
+from jax_diffusion.io.whole import whole
 from jax_diffusion.reporting import series, tables
 from jax_diffusion.reporting.findings import findings
 from jax_diffusion.reporting.run import Run, read, when
@@ -33,10 +34,10 @@ def _picture(path: pathlib.Path) -> str | None:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             if len(data) > LOSSLESS_BYTES:
-                image = image.convert("RGB")
-                image.thumbnail((WIDEST, 4 * WIDEST))
+                small = image.convert("RGB")
+                small.thumbnail((WIDEST, 4 * WIDEST))
                 out = io.BytesIO()
-                image.save(out, "webp", quality=85)
+                small.save(out, "webp", quality=85)
                 data, kind = out.getvalue(), "webp"
     except (OSError, SyntaxError, ValueError):  # what Pillow raises
         return None
@@ -53,7 +54,7 @@ def _samples(run: Run, room: int) -> list[dict[str, Any]]:
     most = PICTURES
     while True:
         chosen = [run.samples[i] for i in _spread(len(run.samples), most)]
-        shown = [{"step": step, "src": uri} for step, path in chosen if (uri := _picture(path))]
+        shown: list[dict[str, Any]] = [{"step": step, "src": uri} for step, path in chosen if (uri := _picture(path))]
         if most <= 2 or sum(len(p["src"]) for p in shown) <= room:
             return shown
         most = max(2, most // 2)
@@ -110,7 +111,7 @@ def _tiles(run: Run) -> str:
     if (rate := last.get("images_per_s")) is not None:
         tiles.append(("speed", f"{rate:,.{0 if rate >= 100 else 2}f} images/s"))
         batch = run.config.train.batch_size if run.config is not None else None
-        if batch and rate > 0 and run.steps and run.step < run.steps:
+        if batch and rate > 0 and run.steps and run.step is not None and run.step < run.steps:
             tiles.append(("time left at that speed", duration((run.steps - run.step) * batch / rate)))
     if "mfu" in last:
         tiles.append(("share of peak FLOP/s", f"{last['mfu']:.1%}"))
@@ -204,9 +205,8 @@ def write(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> in
     out = pathlib.Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = out.with_name(out.name + ".draft")  # a page that is being looked at is never half there
-        draft.write_bytes(content)
-        draft.replace(out)
+        with whole(out) as draft:
+            draft.write_bytes(content)
     except OSError as e:
         raise UserError(f"--out={out} cannot be written: {e.strerror or e}") from e
     return len(content)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_diffusion import lowering, sharding
 from jax_diffusion.data import Batches
+from jax_diffusion.io.whole import whole
 from jax_diffusion.train import step
 from jax_diffusion.train.setup import Setup
 from jax_diffusion.train.state import TrainState
@@ -159,9 +160,8 @@ def write(folder: pathlib.Path, found: dict[str, Any]) -> pathlib.Path:
     """folder/diagnosis-STEP.json, by the first process alone."""
     path = folder / f"diagnosis-{found['step']}.json"
     if jax.process_index() == 0:
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(found, indent=1) + "\n")
-        draft.replace(path)
+        with whole(path) as draft:
+            draft.write_text(json.dumps(found, indent=1) + "\n")
     return path
 
 

@@ -10,6 +10,7 @@ fails later, the network above all, is one warning, and training goes on without
 A resumed run goes on under the id it had, which WORKDIR/loggers.json keeps.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ import numpy as np
 
 from jax_diffusion import config as configs
 from jax_diffusion.errors import UserError, choose
+from jax_diffusion.io.whole import whole
 
 CLOSE_S = 30.0  # a logger that is still sending then is left alone: a preempted host has no longer
 
@@ -126,7 +128,8 @@ class Guarded:
 
     def __init__(self, name: str, make: Callable[[], Logger], log: Callable[[str], None]):
         """Raises UserError where `make` does: that is the user's to mend, and training has not begun."""
-        self.name, self.inner, self._log = name, None, log
+        self.name, self._log = name, log
+        self.inner: Any = None
         self.inner = self._try(make)
 
     def _try(self, call: Callable[[], Any]) -> Any:
@@ -179,15 +182,14 @@ def start(config: configs.ConfigDict, workdir: pathlib.Path, log: Callable[[str]
         return []
     names, path = parse(config.train.loggers), workdir / "loggers.json"
     ids = json.loads(path.read_text()) if path.exists() else {}
-    loggers = []
+    loggers: list[Logger] = []
     for name in names:
         make = LOGGERS[name]
-        guarded = Guarded(name, lambda make=make, name=name: make(config, workdir, ids.get(name), log), log)
+        guarded = Guarded(name, functools.partial(make, config, workdir, ids.get(name), log), log)
         if guarded.inner is not None:
             ids[name] = guarded.inner.id
             loggers.append(guarded)
     if loggers:
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(ids) + "\n")
-        draft.replace(path)
+        with whole(path) as draft:
+            draft.write_text(json.dumps(ids) + "\n")
     return loggers

@@ -17,6 +17,7 @@ import jax
 
 from jax_diffusion import config as configs
 from jax_diffusion.errors import UserError
+from jax_diffusion.io.whole import whole
 
 
 def read_config(workdir: pathlib.Path) -> configs.ConfigDict:
@@ -52,18 +53,9 @@ def _damaged(path: pathlib.Path, e: Exception) -> UserError:
 
 def save_facts(workdir: pathlib.Path, config: configs.ConfigDict, facts: dict[str, Any]) -> None:
     """config.json, and dataset.json with at least "shape" and "class_names"."""
-    write_whole(workdir / "dataset.json", json.dumps(facts, indent=2) + "\n")
-    write_whole(workdir / "config.json", configs.to_json(config))
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Never half a file: another process, or a later run, may be reading it."""
-    draft = path.with_suffix(".draft")
-    with draft.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    draft.replace(path)
+    for name, text in (("dataset", json.dumps(facts, indent=2) + "\n"), ("config", configs.to_json(config))):
+        with whole(workdir / f"{name}.json", lasting=True) as draft:
+            draft.write_text(text)
 
 
 _HELD: set[pathlib.Path] = set()  # by this process, which the kernel would let in twice
@@ -85,7 +77,7 @@ class Lock:
     ):
         self.workdir, self.path, self.log = workdir, workdir / self.NAME, log
         self.beat, self.patience = beat, patience
-        self._file = None
+        self._file: Any = None
         self._done = threading.Event()
 
     def __enter__(self):

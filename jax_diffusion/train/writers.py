@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from jax_diffusion.errors import UserError
+from jax_diffusion.io.whole import whole
 from jax_diffusion.train.loggers import Logger
 
 CLOCK = frozenset({
@@ -62,16 +63,12 @@ def _trim(path: pathlib.Path, last: int | None) -> None:
         old = path.read_bytes()
     except FileNotFoundError:
         return
-    whole = old[: old.rfind(b"\n") + 1].splitlines(keepends=True)
-    kept = [line for line in whole if (r := _record(line)) and (last is None or r["step"] <= last)]
+    lines = old[: old.rfind(b"\n") + 1].splitlines(keepends=True)
+    kept = [line for line in lines if (r := _record(line)) and (last is None or r["step"] <= last)]
     new = b"".join(kept)
     if new != old:
-        draft = path.with_suffix(".draft")
-        with draft.open("wb") as f:
-            f.write(new)
-            f.flush()
-            os.fsync(f.fileno())
-        draft.replace(path)
+        with whole(path, lasting=True) as draft:
+            draft.write_bytes(new)
 
 
 class MetricWriter:
@@ -82,7 +79,9 @@ class MetricWriter:
 
         loggers: who else is told (loggers.py); closed with this.
         """
-        self.workdir, self._files, self._board, self._loggers = workdir, {}, None, list(loggers)
+        self.workdir, self._loggers = workdir, list(loggers)
+        self._files: dict[str, Any] = {}
+        self._board: Any = None
         if active:
             self._open(start)
 

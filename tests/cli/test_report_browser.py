@@ -1,28 +1,10 @@
-"""The report's page in a real browser: it draws, it reads out values, it fits a phone. Needs playwright and a Chromium:
-`pip install playwright` with `playwright install chromium-headless-shell`, or Debian's chromium-headless-shell.
-"""
+"""The report's page in a real browser: it draws, it reads out values, it fits a phone."""
 
 import json
-import shutil
 
 import pytest
 
 from jax_diffusion.cli.main import main
-
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as p:
-        try:
-            shown = p.chromium.launch(executable_path=found)
-        except playwright.Error:
-            pytest.skip("no Chromium here")
-        yield shown
-        shown.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Sets on the devices: the batches gathered there are the host's, bit for bit. Most of it in one process with eight
 CPU devices, and once in two processes."""
 
-import json
 import os
 import pathlib
 import socket
@@ -36,21 +35,17 @@ for k in (1, 3):
                     a, b = (leaf.addressable_shards[0].data for leaf in (x[key], y[key]))
                     assert a.shape[k > 1] == 8 and np.asarray(a).tobytes() == np.asarray(b).tobytes(), (k, mode, key)
 print("good", flush=True)
+jax.distributed.shutdown()  # waits for the other, which would not survive the end of the first
 os._exit(0)
 """
 
 
 @pytest.fixture(scope="module")
-def seen(arguments, tmp_path_factory):
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+def seen(on_virtual_devices, arguments, tmp_path_factory):
     fields = arguments("digits", "model.multipliers=(1,)", "model.attention_levels=()", "train.steps=6",
                        "train.sample_every=0", "train.eval_every=0", "optim.warmup=2")  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path_factory.mktemp("eight"), *(f.removeprefix("--config.") for f in fields)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = json.loads(done.stdout.splitlines()[-1])
+    fields = (field.removeprefix("--config.") for field in fields)
+    out = on_virtual_devices(SCRIPT, tmp_path_factory.mktemp("eight"), *fields, timeout=300)
     assert out["devices"] == 8
     return out
 

@@ -1,10 +1,6 @@
 """What the plan reads in programs compiled for eight devices, against theory."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -14,11 +10,8 @@ WEIGHT = D * D * 4
 
 
 @pytest.fixture(scope="module")
-def seen():
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def seen(on_virtual_devices):
+    return on_virtual_devices(SCRIPT, timeout=240)
 
 
 def test_data_parallel_reduces_the_gradient(seen):

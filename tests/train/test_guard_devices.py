@@ -1,10 +1,6 @@
 """A NaN in one device's part of a batch skips the step on all of them."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -12,11 +8,8 @@ SCRIPT = pathlib.Path(__file__).with_name("guard_devices_script.py")
 
 
 @pytest.fixture(scope="module")
-def seen():
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
-    done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def seen(on_virtual_devices):
+    return on_virtual_devices(SCRIPT, devices=4, timeout=600)
 
 
 @pytest.mark.parametrize("mesh", ["one", "fsdp", "hybrid"])

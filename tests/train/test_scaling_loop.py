@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jax_diffusion import runtime
-from jax_diffusion.train import loop, program, report
+from jax_diffusion.train import loop, report
 
 
 def test_nothing_is_compiled_after_the_first_round(tiny, tmp_path):
@@ -53,26 +53,17 @@ class Pending:
 class Queue:
     """Counts the steps that the training loop has queued; their metrics are Pending."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, wrap_step):
         self.steps, self.pausing, self.early = 0, False, []
-        trace, flush, queue = program.Program.trace, report.Meter.flush, self
+        flush, queue = report.Meter.flush, self
 
-        class Traced:
-            def __init__(self, traced):
-                self.traced, self.jaxpr = traced, traced.jaxpr
+        def counted(run):
+            def step(state, batch):
+                state, metrics = run(state, batch)
+                queue.steps += 1
+                return state, {k: Pending(queue, queue.steps - 1, v) for k, v in metrics.items()}
 
-            def lower(self):
-                return self
-
-            def compile(self):
-                run = self.traced.lower().compile()
-
-                def step(state, batch):
-                    state, metrics = run(state, batch)
-                    queue.steps += 1
-                    return state, {k: Pending(queue, queue.steps - 1, v) for k, v in metrics.items()}
-
-                return step
+            return step
 
         def flushed(meter, *a, **k):
             queue.pausing = True
@@ -81,7 +72,7 @@ class Queue:
             finally:
                 queue.pausing = False
 
-        monkeypatch.setattr(program.Program, "trace", lambda self, *a, **k: Traced(trace(self, *a, **k)))
+        wrap_step(counted)
         monkeypatch.setattr(report.Meter, "flush", flushed)
 
 
@@ -89,14 +80,14 @@ FIELDS = ["train.steps=12", "train.log_every=3", "train.eval_every=6", "train.sa
           "train.checkpoint_every=12", "optim.schedule=cosine"]  # fmt: skip
 
 
-def test_no_step_waits_for_the_one_before(tiny, tmp_path, monkeypatch):
-    queue = Queue(monkeypatch)
+def test_no_step_waits_for_the_one_before(tiny, tmp_path, monkeypatch, wrap_step):
+    queue = Queue(monkeypatch, wrap_step)
     loop.train(tiny("toy2d", *FIELDS), tmp_path, log=lambda line: None)
     assert queue.steps == 12 and queue.early == []
 
 
-def test_a_step_that_is_waited_for_would_be_noticed(tiny, tmp_path, monkeypatch):
-    queue, add = Queue(monkeypatch), report.Meter.add
+def test_a_step_that_is_waited_for_would_be_noticed(tiny, tmp_path, monkeypatch, wrap_step):
+    queue, add = Queue(monkeypatch, wrap_step), report.Meter.add
 
     def waits(meter, steps, metrics):
         float(metrics["loss"])

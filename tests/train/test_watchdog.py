@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_diffusion.data import ArraySource
-from jax_diffusion.train import loop, observe, program, watchdog
+from jax_diffusion.train import loop, observe, watchdog
 from jax_diffusion.train.watchdog import Watchdog
 
 QUICK = 0.05  # seconds
@@ -133,27 +133,20 @@ def test_a_source_that_blocks_is_found_in_training(config, tmp_path, monkeypatch
     assert any("has waited" in line and "its batch" in line for line in log)
 
 
-def test_a_step_that_blocks_is_found_and_validation_may_take_long(config, tmp_path, monkeypatch):
-    log, trace = Lines("a_device_that_hangs"), program.Program.trace
+def test_a_step_that_blocks_is_found_and_validation_may_take_long(config, tmp_path, monkeypatch, wrap_step):
+    log = Lines("a_device_that_hangs")
     config.train.stall_seconds = 0.5
 
-    class Traced:
-        def __init__(self, traced):
-            self.traced, self.jaxpr = traced, traced.jaxpr
+    def hanging(run):
+        steps = []
 
-        def lower(self):
-            return self
+        def a_device_that_hangs(state, batch):
+            steps.append(len(steps))
+            if len(steps) == 6:
+                log.wait()
+            return run(state, batch)
 
-        def compile(self):
-            run, steps = self.traced.lower().compile(), []
-
-            def a_device_that_hangs(state, batch):
-                steps.append(len(steps))
-                if len(steps) == 6:
-                    log.wait()
-                return run(state, batch)
-
-            return a_device_that_hangs
+        return a_device_that_hangs
 
     validate, slept = observe.Validator.__call__, threading.Event()
 
@@ -161,7 +154,7 @@ def test_a_step_that_blocks_is_found_and_validation_may_take_long(config, tmp_pa
         slept.wait(timeout=2)  # four times what a step may take
         return validate(self, ema)
 
-    monkeypatch.setattr(program.Program, "trace", lambda self, *a, **k: Traced(trace(self, *a, **k)))
+    wrap_step(hanging)
     monkeypatch.setattr(observe.Validator, "__call__", slow)
     outcome = loop.train(config, tmp_path / "run", log=log)
     assert outcome.finished
