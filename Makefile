@@ -6,15 +6,16 @@ RUN ?= runs/demo
 # Compilers for TPU and NVIDIA, beside and not in $(VENV): the tests' own jax must not find them.
 COMPILERS ?= $(VENV)-aot
 export JAX_DIFFUSION_COMPILERS := $(abspath $(COMPILERS))
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --durations=30
 
-.PHONY: help demo test gates gates-baseline lint clean
+.PHONY: help demo test docs linkcheck gates gates-baseline lint clean
 
 help:
 	@echo "make demo   install into $(VENV), train on real 8x8 digits, sample, measure: $(RUN)/samples.png"
 	@echo "make test   install what the tests need into $(VENV) and run lint and tests"
 	@echo "make gates  compile tiny training steps for TPU and NVIDIA, which need not be there, and check them"
-	@echo "make lint   ruff check and ruff format --check"
+	@echo "make docs   the documentation as pages: docs/_build/html/index.html (make linkcheck asks other hosts' links)"
+	@echo "make lint   ruff check, ruff format --check and mypy"
 	@echo "make clean  remove $(VENV), $(COMPILERS) and caches (runs/ stays)"
 
 # Stamps, so that a second call installs nothing.
@@ -37,6 +38,11 @@ $(COMPILERS)/.done: tests/plan/gates/requirements.py $(VENV)/.test
 		$$($(BIN)/python tests/plan/gates/requirements.py)
 	@touch $@
 
+$(VENV)/.docs: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/jax-diffusion train --config=digits --workdir=$(RUN)
 	$(BIN)/jax-diffusion sample --workdir=$(RUN) --num=100 --out=$(RUN)/samples.png --trajectory=$(RUN)/film.gif
@@ -46,9 +52,17 @@ demo: $(VENV)/.demo
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 test: lint $(COMPILERS)/.done
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+linkcheck: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
 gates: $(COMPILERS)/.done
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/plan/test_gates_tpu.py tests/plan/test_gates_cuda.py
@@ -58,4 +72,4 @@ gates-baseline: $(COMPILERS)/.done
 	PYTHONPATH=. $(BIN)/python tests/plan/gates/checks.py
 
 clean:
-	rm -rf $(VENV) $(COMPILERS) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(COMPILERS) .pytest_cache .mypy_cache .ruff_cache build dist docs/_build *.egg-info

@@ -5,6 +5,9 @@ import contextvars
 import functools
 
 import jax
+import jax.numpy as jnp
+
+from jax_diffusion import lowering
 
 _forward_mode = contextvars.ContextVar("forward_mode", default=False)
 
@@ -36,12 +39,28 @@ def attention(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) 
     """softmax(q k^T / sqrt(D)) v for each head, [B, T, N, D]; the softmax in float32.
 
     cuDNN's where the program is compiled for NVIDIA and it takes the shapes (bfloat16, heads of a multiple of 8),
-    which never stores the T x S weights; else XLA's.
+    which never stores the T x S weights; on CPUs with the heads before the tokens; else XLA's.
     """
     q, k, v = q_BxTxNxD, k_BxSxNxD, v_BxSxNxD
+    if lowering.target() == "cpu":
+        return _heads_first(q, k, v)
     if _forward_mode.get() or not _cudnn_takes(q.shape, k.shape, q.dtype):
         return jax.nn.dot_product_attention(q, k, v)
     return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=jax.nn.dot_product_attention)
+
+
+def _heads_first(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) -> jax.Array:
+    """On CPUs a product over [B, T, N, D] is four copies and a product; here each operand is moved once."""
+    q, k, v = q_BxTxNxD * q_BxTxNxD.shape[-1] ** -0.5, k_BxSxNxD, v_BxSxNxD
+    if q.shape[2] == 1:
+        return _softmax_products(*(x[:, :, 0] for x in (q, k, v)))[:, :, None]
+    return _softmax_products(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
+
+
+def _softmax_products(q_xTxD: jax.Array, k_xSxD: jax.Array, v_xSxD: jax.Array) -> jax.Array:
+    """softmax(q k^T) v over whatever axes come first; weights in float32."""
+    logits = jnp.einsum("...td,...sd->...ts", q_xTxD, k_xSxD, preferred_element_type=jnp.float32)
+    return jnp.einsum("...ts,...sd->...td", jax.nn.softmax(logits).astype(v_xSxD.dtype), v_xSxD)
 
 
 def split_qkv(qkv_BxTx3ND: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:

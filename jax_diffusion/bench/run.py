@@ -33,6 +33,7 @@ class Bench:
     def __init__(
         self, options: Options, folder: pathlib.Path, log: Callable[[str], None], save: Callable[[dict], None]
     ):
+        self.platform = ""  # known when JAX's worker has started
         self.o, self.folder, self.log, self.save = options, folder, log, save
         self.threads = options.threads or machine.cores()
         ours, theirs = options.sides
@@ -133,7 +134,7 @@ class Bench:
             if theirs != size:
                 raise UserError(f"{case}: {size:,} parameters in JAX and {theirs:,} in PyTorch: nothing was timed")
             if mode != "forward":
-                self._compare(work, *(np.load(self.workers[n].call("check", batch=CHECKED)) for n in ("jax", "torch")))
+                self._compare(work, *(self.workers[n].call("check", batch=CHECKED) for n in ("jax", "torch")))
         for batch in batches:
             self._batch(work._replace(batch=batch))
 
@@ -144,10 +145,11 @@ class Bench:
         arguments = {"size": self.pace.ceiling_size, "dtype": self.dtype, "seconds": self.pace.ceiling_seconds}
         self.result["ceilings"] = {n: self.workers[n].call("ceiling", **arguments) for n in self.workers}
 
-    def _compare(self, w: cases.Work, ours: Any, theirs: Any, variant: str = "") -> None:
+    def _compare(self, w: cases.Work, ours: str, theirs: str, variant: str = "") -> None:
         """Raises UserError where two files of outputs differ by more than rounding."""
         limit = cases.tolerance(w.dtype, self.platform, w.mode)
-        found = {name: cases.distance(theirs[name], ours[name]) for name in ("output", "loss") if name in ours}
+        with np.load(ours) as a, np.load(theirs) as b:
+            found = {name: cases.distance(b[name], a[name]) for name in ("output", "loss") if name in a}
         self.result["checks"].append({"case": w.case, "mode": w.mode, "batch": w.batch, "variant": variant,
                                       "relative_distance": found, "tolerance": limit})  # fmt: skip
         said = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
@@ -193,7 +195,7 @@ class Bench:
         """Of what is about to be timed. Samples begin with the noise that JAX's began with."""
         ours = self.workers["jax"].call("output", key="default")
         begin = {"begin": ours} if w.mode == "sample" else {}
-        self._compare(w, np.load(ours), np.load(self.workers["torch"].call("output", key=variant, **begin)), variant)
+        self._compare(w, ours, self.workers["torch"].call("output", key=variant, **begin), variant)
 
     def _prepare(self, w: cases.Work, name: str, variant: str, label: str) -> dict[str, Any] | None:
         """Compiled and warm; None, and a row that says why, where that fails."""

@@ -5,17 +5,18 @@ Batches travel to the device as uint8, a quarter of the bytes, and become float3
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def to_float(images: jax.Array) -> jax.Array:
+def to_float(images: jax.Array | np.ndarray) -> jax.Array:
     """uint8 [...] in 0..255 -> float32 [...] in [-1, 1] as x / 127.5 - 1; floats pass through unchanged."""
     if jnp.issubdtype(images.dtype, jnp.floating):
-        return images
+        return images  # type: ignore[return-value]  # NumPy's stay NumPy's
     # In this order it is odd about mid-grey and ends at 1: XLA makes 1.0000001 of 255 / 127.5 - 1.
-    return (images.astype(jnp.float32) - 127.5) / 127.5
+    return (images.astype(jnp.float32) - 127.5) / 127.5  # type: ignore[return-value]
 
 
-def to_uint8(x: jax.Array) -> jax.Array:
+def to_uint8(x: jax.Array | np.ndarray) -> jax.Array:
     """float [...] in [-1, 1] -> uint8 [...] as round(127.5 (x + 1)), clipped: the inverse of to_float."""
     x = x.astype(jnp.float32)  # bfloat16 cannot count to 255
     return jnp.clip(jnp.round(127.5 * (x + 1.0)), 0, 255).astype(jnp.uint8)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -41,7 +42,7 @@ def open_encoded(
     """
     processes = workers.checked(cfg)
     reader = Reader(items, Format.from_config(cfg), name, len(class_names))
-    if len(items) * np.prod(reader.shape, dtype=float) > cfg.max_bytes:
+    if len(items) * math.prod(reader.shape or ()) > cfg.max_bytes:
         return LazySource(reader, name=name, class_names=class_names, processes=processes)
     images, labels = _decode_all(reader, len(items), name)
     skipped = reader.skipped
@@ -98,10 +99,12 @@ class LazySource:
 
     def __init__(self, reader: Reader, *, name: str, class_names: Sequence[str] = (), processes: int = 0):
         self.name = name
-        self.shape = reader.shape
+        assert reader.shape is not None  # it has read one image
+        self.shape: tuple[int, ...] = reader.shape
         self.class_names = tuple(class_names)
         self.num_classes = len(class_names) or None
         self.processes = processes
+        self.ahead = processes * workers.HELD
         self.reader = reader
         self._warned: set[int] = set()
 

@@ -7,6 +7,7 @@ What is understood, below any number of single outer folders:
     train/... test/... (or val/...)      the splits, each laid out as above
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jax_diffusion.data.encoded import open_encoded
@@ -51,14 +52,14 @@ def load(cfg: Any, split: str, once: Once) -> Source:
     else:
         held_out = not test
     chosen = test if split == "eval" and not held_out else train
-    files = Files(tree, list(chosen.values()), [_label(n, classes, cfg) for n in chosen])
+    files: Files | Subset = Files(tree, list(chosen.values()), [_label(n, classes, cfg) for n in chosen])
     if held_out:
         files = Subset(files, split_indices(len(files), cfg.holdout, split, cfg.path))
     path = eval_path if split == "eval" and eval_path else cfg.path
     return open_encoded(files, cfg, name=path, class_names=classes)
 
 
-def _strip(names: dict[str, str | None], keep: frozenset | set = frozenset()) -> dict[str, str]:
+def _strip(names: Mapping[str, str | None], keep: frozenset | set = frozenset()) -> dict[str, str]:
     """Drops outer folders that hold everything, unless such a folder is a class in `keep`."""
     out = {name: tree_name or name for name, tree_name in names.items()}
     while out:

@@ -77,9 +77,9 @@ def _find(path: str) -> tuple[pathlib.Path, pathlib.Path | None]:
     if not path or not root.exists():
         raise UserError(f"config.data.path={path!r} does not exist: give the folder of train-images-idx3-ubyte.gz")
     if root.is_file():
-        found = IMAGES.fullmatch(root.name)
-        siblings = root.parent.iterdir() if found and found["part"] == "train" else []
-        return root, _test_of(siblings, found["prefix"] if found else "")
+        this = IMAGES.fullmatch(root.name)
+        siblings = root.parent.iterdir() if this and this["part"] == "train" else []
+        return root, _test_of(siblings, this["prefix"] if this else "")
     found = {p: m for p in sorted(root.iterdir()) if (m := IMAGES.fullmatch(p.name)) and m["part"] == "train"}
     if not found:
         raise UserError(f"config.data.path={path!r} holds no train-images-idx3-ubyte or .gz of it")
@@ -94,7 +94,7 @@ def _find(path: str) -> tuple[pathlib.Path, pathlib.Path | None]:
 def _test_of(files: Any, prefix: str) -> pathlib.Path | None:
     def is_test(p: pathlib.Path) -> bool:
         m = IMAGES.fullmatch(p.name)
-        return bool(m) and m["part"] != "train" and m["prefix"] == prefix
+        return m is not None and m["part"] != "train" and m["prefix"] == prefix
 
     return next(filter(is_test, sorted(files)), None)
 

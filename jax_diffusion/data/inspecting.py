@@ -38,7 +38,8 @@ def survey(source: Source, sample: int | None = None) -> Survey:
     if sample is None:
         sample = 0 if isinstance(source, ArraySource) and type(source.images) is np.ndarray else SAMPLE
     indices = np.arange(n) if not sample or sample >= n else np.unique(np.linspace(0, n - 1, sample).astype(np.int64))
-    progress, labels, moments = Progress(f"reading {source.name}", len(indices)), [], None
+    progress, labels = Progress(f"reading {source.name}", len(indices)), []
+    moments: Any = None
     for start in range(0, len(indices), CHUNK):
         batch = source.batch(indices[start : start + CHUNK])
         values = batch["image"].reshape(-1, batch["image"].shape[-1])
@@ -46,7 +47,8 @@ def survey(source: Source, sample: int | None = None) -> Survey:
         labels += [batch["label"]] if "label" in batch else []
         progress.add(len(batch["image"]))
     known = np.concatenate(labels) if labels else None
-    return Survey(indices, known, *moments.result(), batch["image"].dtype)
+    mean, std, least, most = moments.result()
+    return Survey(indices, known, mean, std, least, most, batch["image"].dtype)
 
 
 class _Moments:
@@ -144,7 +146,8 @@ def measure(config: configs.ConfigDict, source: Source, seconds: float = 3.0) ->
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, size)
     place = sharding.batch_sharding(mesh)
-    with contextlib.closing(_generator(source.batches(Tasks(source.order, config.seed, size, 0)))) as made:
+    tasks: Any = Tasks(source.order, config.seed, size, 0)
+    with contextlib.closing(_generator(source.batches(tasks))) as made:
         out = {"host": _timed(seconds, lambda: next(made), size)}
     held = resident.load(source, config.data.on_device, place, lambda line: None)
     options = {"sharding": place, "prefetch_bytes": config.data.prefetch_bytes, "resident": held}

@@ -47,11 +47,13 @@ class Mixture:
                     f"config.data.mixture: {first.name} is {_form(first.shape)} of {self.dtype}, {part.name} "
                     f"{_form(part.shape)} of {dtype}; set --config.data.size=64,64 and --config.data.channels=3"
                 )
+        self.ahead = max(p.ahead for p in self.parts)
         self._label_classes()
 
     def _label_classes(self) -> None:
         names = [p.class_names for p in self.parts]
-        self.class_names, self.num_classes = (), None
+        self.class_names: tuple[str, ...] = ()
+        self.num_classes: int | None = None
         self._offsets = [0] * len(names)
         unlabelled = [p.name for p in self.parts if p.num_classes is None]
         if len(unlabelled) == len(names):
@@ -109,7 +111,7 @@ class Mixture:
         return out
 
 
-class _Share(Sequence):
+class _Share(Sequence[np.ndarray]):
     """The part of each task that belongs to examples start..stop-1, which are a source of their own."""
 
     def __init__(self, tasks: Sequence[np.ndarray], rows: np.ndarray | None, start: int, stop: int):
@@ -118,7 +120,7 @@ class _Share(Sequence):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, d: int) -> np.ndarray:
+    def __getitem__(self, d: int) -> np.ndarray:  # type: ignore[override]  # no slices
         rows = self.tasks[d] if self.rows is None else self.rows[self.tasks[d]]
         return rows[(self.start <= rows) & (rows < self.stop)] - self.start
 

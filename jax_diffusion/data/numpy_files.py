@@ -65,7 +65,8 @@ def _read(files: shards.Files, max_bytes: int) -> tuple[tuple[np.ndarray, ...], 
     """The images [N_i, ...] of each file and all labels [N]; mapped where the files are larger than that."""
     # Beyond max_bytes the system's page cache is the better memory.
     mapped = sum(f.stat().st_size for f in files) > max_bytes
-    images, labels, loose = [], [], []
+    images, labels = [], []
+    loose: list[np.ndarray] = []
     for file in files:
         found = _opened(file, mapped)
         if isinstance(found, dict):

@@ -60,7 +60,8 @@ def write_array(
     folder: pathlib.Path, split: str, source: Source, done: Callable[[int], None]
 ) -> dict[str, dict[str, Any]]:
     """Writes one split as .npy; returns its files. done: told how many examples each piece had."""
-    path, file, labels = folder / f"{split}.npy", None, []
+    path, labels = folder / f"{split}.npy", []
+    file: Any = None
     for batch in chunks(source, 0, len(source)):
         images = np.ascontiguousarray(batch["image"])
         if file is None:
@@ -246,9 +247,9 @@ def read_array_record(
     from jax_diffusion.data.reader import Subset
 
     items = Records(tuple(folder / name for name in manifest["splits"][part]["files"]))
-    items = items if rows is None else Subset(items, rows)
+    chosen = items if rows is None else Subset(items, rows)
     class_names = manifest["class_names"] if cfg.labels and manifest["num_classes"] else ()
-    return open_encoded(items, cfg, name=str(cfg.path), class_names=class_names)
+    return open_encoded(chosen, cfg, name=str(cfg.path), class_names=class_names)
 
 
 READERS: dict[str, Callable] = {"array": read_array, "array_record": read_array_record}

@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,7 +124,7 @@ def _records(fields: dict[str, Any], split: str, source: Source) -> tuple[Iterat
         again = None
     if not isinstance(again, LazySource):
         return _as_png(source), ", as PNG"
-    whole = range(len(again))
+    whole: Sequence[int] = range(len(again))
     if len(again) != len(source):
         whole = [i for i in whole if again.reader(i) is not None]
     if len(whole) != len(source):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_diffusion.data import shards
-from jax_diffusion.data.reader import Encoded
 from jax_diffusion.data.source import Once, Source
 from jax_diffusion.errors import UserError
 
@@ -73,7 +72,7 @@ class Rows:
 
     def __init__(self, files: shards.Files):
         self.files, self.groups, starts, rows = files, [], [], 0
-        self.columns = None
+        self.columns: Any = None  # Columns, the same of all files
         for f, file in enumerate(files):
             found, counts = _described(file)
             if self.columns is not None and found != self.columns:
@@ -186,7 +185,7 @@ def _opened(files: shards.Files) -> Rows:
     return Rows(files)
 
 
-def _classes(files: shards.Files, items: Encoded, once: Once) -> tuple[str, ...]:
+def _classes(files: shards.Files, items: Any, once: Once) -> tuple[str, ...]:
     """From the schema, from a file beside the shards, or counted."""
     found = items.columns
     if found.label is None:

@@ -1,6 +1,6 @@
 """A thread that has the next batches on the device in time. Which examples they are is order.py's."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ class Batches(Prefetch):
         steps_per_dispatch: int = 1,  # K
         sharding: jax.sharding.Sharding | None = None,  # of a leaf as yielded: its B axis is 0, or 1 if K > 1
         prefetch: int = 8,  # batches made ahead at most, the one in the making included
-        prefetch_bytes: int = 256 << 20,  # and no more bytes than this, but two batches
+        prefetch_bytes: int = 256 << 20,  # and no more bytes than this, those of worker processes included, but two
         stop_step: int | None = None,  # the last yield is shortened to end just before it (None: endless)
         resident: Resident | None = None,  # the same set on the devices, placed with the same sharding
     ):
@@ -42,7 +42,7 @@ class Batches(Prefetch):
             raise ValueError(f"Batches needs at least one example, {source.name} has none")
         self._resident = resident
         made = _make(source, batch_size, seed, start_step, steps_per_dispatch, sharding, stop_step, resident)
-        super().__init__(made, prefetch, prefetch_bytes)
+        super().__init__(made, prefetch, prefetch_bytes, elsewhere=0 if resident is not None else source.ahead)
 
     def __next__(self) -> tuple[int, dict[str, jax.Array]]:
         step, batch = super().__next__()
@@ -59,16 +59,17 @@ def _make(
     sharding: jax.sharding.Sharding | None,
     stop_step: int | None,
     resident: Resident | None,
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Yields (step, batch on the devices), or (step, its indices there) for a resident set."""
     stacked = steps_per_dispatch > 1
     rows = None
     if jax.process_count() > 1 and resident is None:
         # Not simply the process_index-th part: on a mesh with a tensor axis two processes may share rows.
         shape = (steps_per_dispatch, batch_size) if stacked else (batch_size,)
+        assert sharding is not None  # Batches has seen to it
         rows = local_rows(sharding, shape, axis=len(shape) - 1)
     tasks = Tasks(source.order, seed, batch_size, step, steps_per_dispatch, stop_step, rows)
-    gathered = iter(tasks) if resident is not None else source.batches(tasks)  # one gather for all K steps
+    gathered: Iterator[Any] = iter(tasks) if resident is not None else source.batches(tasks)  # type: ignore[arg-type]  # one gather for all K steps
     for d, found in enumerate(gathered):
         step, k = tasks.steps(d)
         shape = (k, batch_size) if stacked else (batch_size,)

@@ -6,7 +6,8 @@ import numpy as np
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """Rows of `axis` of a global array of `shape` on this process's devices, ascending and once each."""
-    slices = {s[axis].indices(shape[axis]) for s in sharding.addressable_devices_indices_map(shape).values()}
+    parts = [s for s in sharding.addressable_devices_indices_map(shape).values() if s is not None]
+    slices = {s[axis].indices(shape[axis]) for s in parts}
     return np.unique(np.concatenate([np.arange(*s) for s in slices]))
 
 

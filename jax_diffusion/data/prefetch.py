@@ -17,12 +17,12 @@ class Prefetch:
     """Iterates over what `made` yields, which a thread calls ahead of time. What it raises is raised here.
 
     What lies ready and what is being made are together at most `most` items, and at most `most_bytes` of arrays, but
-    never less than two items. Bytes are those on this process's devices and in its memory; the next item is taken to
-    be as large as the last. Use as a context manager, or call close().
+    never less than two items. Bytes are those on this process's devices and in its memory, and of `elsewhere` items
+    that `made` may hold; the next item is taken to be as large as the last. Use as a context manager, or call close().
     """
 
-    def __init__(self, made: Generator[Any], most: int, most_bytes: int):
-        self._buffer = _Buffer(max(1, most), most_bytes)
+    def __init__(self, made: Generator[Any], most: int, most_bytes: int, elsewhere: int = 0):
+        self._buffer = _Buffer(max(1, most), most_bytes, elsewhere)
         self._ended = False
         self._asked, self._waited = time.perf_counter(), 0.0
         # The thread knows the buffer and not this object: one that is dropped unclosed can still be collected.
@@ -72,8 +72,8 @@ class Prefetch:
 class _Buffer:
     """What is ready, in order. One thread asks for `room`, makes an item and `put`s it; another `get`s."""
 
-    def __init__(self, most: int, most_bytes: int):
-        self.most, self.most_bytes = most, most_bytes
+    def __init__(self, most: int, most_bytes: int, elsewhere: int):
+        self.most, self.most_bytes, self.elsewhere = most, most_bytes, elsewhere
         self.items: collections.deque[tuple[Any, int]] = collections.deque()
         self.bytes = 0
         self.last = 0  # bytes of the last item made
@@ -85,7 +85,7 @@ class _Buffer:
 
         def enough() -> bool:
             count = len(self.items) + 1
-            few = count <= LEAST or self.bytes + self.last <= self.most_bytes
+            few = count <= LEAST or self.bytes + (1 + self.elsewhere) * self.last <= self.most_bytes
             return self.stopped or (count <= self.most and few)
 
         with self.changed:

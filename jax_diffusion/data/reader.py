@@ -127,6 +127,7 @@ class Reader:
 
     def empty(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Room for n images and labels: uint8 [n, H, W, C] and int32 [n] of -1."""
+        assert self.shape is not None  # the first readable image has said it
         return np.empty((n, *self.shape), np.uint8), np.full(n, -1, np.int32)
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -142,6 +143,7 @@ class Reader:
         return {"image": images} | ({"label": labels} if self.classes else {})
 
     def _refuse(self, i: int, shape: tuple[int, ...]) -> None:
+        assert self.shape is not None
         a, b = f"{self.first} is {_describe(self.shape)}", f"{self.items.name(i)} is {_describe(shape)}"
         if shape[:2] != self.shape[:2]:
             raise UserError(

@@ -152,4 +152,4 @@ def _spread(array: np.ndarray, sharding: NamedSharding, parts: int) -> jax.Array
         fill = np.zeros((stop - start - len(rows), *array.shape[1:]), array.dtype)
         return np.concatenate([rows, fill]) if len(fill) else rows
 
-    return jax.make_array_from_callback((n, *array.shape[1:]), sharding, part)
+    return jax.make_array_from_callback((n, *array.shape[1:]), sharding, part)  # type: ignore[arg-type]

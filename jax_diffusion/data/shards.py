@@ -69,7 +69,7 @@ def splits(files: Files) -> tuple[Files, Files]:
             if kind:
                 break
         kinds.setdefault(kind or "", []).append(file)
-    named = next((kind for kind in EVAL if kind in kinds), None)
+    named = next((kind for kind in EVAL if kind in kinds), "none")
     if "train" in kinds:
         return tuple(kinds["train"]), tuple(kinds.get(named, ()))
     if "" not in kinds:

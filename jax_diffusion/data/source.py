@@ -22,7 +22,12 @@ class Source(Protocol):
     shape: tuple[int, ...]  # (H, W, C) of one image, (D,) of one point
     num_classes: int | None  # None: no labels
     class_names: tuple[str, ...]  # by label; () where there are none
-    skipped: tuple[str, ...]  # names of the corrupt files left out
+    ahead: int  # batches that `batches` may hold in other processes, made or in the making
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the corrupt files left out."""
+        ...
 
     @property
     def order(self) -> Order:
@@ -74,6 +79,8 @@ class Pieces:
 
 class ArraySource:
     """A set in memory (or memory-mapped): one array [N, ...], or Pieces of one, gathered by batch."""
+
+    ahead = 0
 
     def __init__(
         self,

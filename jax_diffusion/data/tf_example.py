@@ -66,10 +66,10 @@ def parse(record: bytes) -> tuple[bytes, int | None]:
     except Exception as error:  # protobuf's DecodeError, whose module is not to be imported up there
         raise ValueError(f"no tf.train.Example ({error})") from error
     features = example.features.feature
-    image = next((features[k].bytes_list.value for k in IMAGE_KEYS if k in features), ())
+    image: Any = next((features[k].bytes_list.value for k in IMAGE_KEYS if k in features), ())
     if len(image) != 1:
         raise ValueError(f"no encoded image among {', '.join(sorted(features))}: one of {', '.join(IMAGE_KEYS)}")
-    label = next((features[k].int64_list.value for k in LABEL_KEYS if k in features), ())
+    label: Any = next((features[k].int64_list.value for k in LABEL_KEYS if k in features), ())
     return image[0], int(label[0]) if len(label) == 1 else None
 
 

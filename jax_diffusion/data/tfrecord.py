@@ -4,6 +4,7 @@ A record is its length as a little-endian uint64, that one's checksum, the data,
 (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details).
 """
 
+import functools
 import pathlib
 import struct
 from typing import Any
@@ -46,7 +47,7 @@ class Records:
             index = memory.get(lambda f: np.load(f, allow_pickle=False))
             if index is None:
                 index = offsets(file)
-                memory.put(lambda f, index=index: _save(f, index))
+                memory.put(functools.partial(_save, index=index))
             self.offsets.append(index)
             progress.add(int(index[-1]))
         counts = [len(index) - 1 for index in self.offsets]

@@ -175,7 +175,9 @@ def _compressed_tar(root: pathlib.Path, max_bytes: int) -> Tree:
                     f"config.data.path={str(root)!r} holds more than config.data.max_bytes={max_bytes:,} "
                     "bytes of compressed images, which must be in memory: unpack it, or make it a plain .tar"
                 )
-            data[name] = archive.extractfile(member).read()
+            file = archive.extractfile(member)
+            assert file is not None  # of a plain file there is one
+            data[name] = file.read()
     return Tree(sorted(data), functools.partial(_held, data))
 
 

@@ -21,6 +21,8 @@ from jax_diffusion.errors import UserError
 # many a container, where who exceeds it dies of SIGBUS, and its last blocks are left to the end of the process.
 NO_SHARED_MEMORY = 1 << 62
 
+HELD = 4  # batches of a worker: in the making, made, in its pipe, and received
+
 
 def checked(cfg: Any) -> int:
     """config.data.workers; UserError where it is no number of processes, or nothing runs them."""

@@ -86,10 +86,11 @@ def count(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return float(sum(_of_equation(eqn) for eqn in jaxpr.eqns))
+    return float(sum(of_equation(eqn) for eqn in jaxpr.eqns))
 
 
-def _of_equation(eqn: Any) -> float:
+def of_equation(eqn: Any) -> float:
+    """FLOPs of one equation of a jaxpr, with those of the jaxprs within it."""
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -100,13 +101,14 @@ def _of_equation(eqn: Any) -> float:
         features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         # Of an input spread out with zeros (the gradient of a strided convolution) most products are nothing.
         return 2 * eqn.outvars[0].aval.size * kernel.size / features / math.prod(params["lhs_dilation"])
-    inner = [count(j) for j in _bodies(params)]
+    inner = [count(j) for j in bodies(params)]
     if name == "cond":
         return max(inner, default=0.0)
     return params.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
 
 
-def _bodies(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
+def bodies(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
+    """The jaxprs within an equation: of loops, branches, calls."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, Jaxpr | ClosedJaxpr):

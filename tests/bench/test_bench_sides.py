@@ -47,8 +47,8 @@ def sides(case, mode, folder, *, batch=2, steps=3, dtype="float32"):
 
 
 def apart(a, b):
-    a, b = np.load(a), np.load(b)
-    return {name: cases.distance(b[name], a[name]) for name in a.files if name in b.files}
+    with np.load(a) as a, np.load(b) as b:
+        return {name: cases.distance(b[name], a[name]) for name in a.files if name in b.files}
 
 
 @pytest.mark.parametrize("case", TINY)
@@ -57,8 +57,8 @@ def test_outputs_and_losses_are_the_same(case, tmp_path):
     ours, theirs = sides(case, "train", tmp_path)
     found = apart(ours.check(2), theirs.check(2))
     assert set(found) == {"output", "loss"} and max(found.values()) < 2e-5, found
-    output = np.load(tmp_path / "jax_check.npz")["output"]
-    assert output.std() > 0.01  # not the zeros that such networks begin with
+    with np.load(tmp_path / "jax_check.npz") as arrays:
+        assert arrays["output"].std() > 0.01  # not the zeros that such networks begin with
     with torch.no_grad():  # one weight of many
         next(p for p in theirs.network.parameters() if p.ndim == 4).view(-1)[0] += 1
     found = apart(tmp_path / "jax_check.npz", theirs.check(2))

@@ -40,19 +40,21 @@ def reach(condition):
 
 
 @pytest.mark.parametrize(
-    ("most", "limit", "items"),
+    ("most", "limit", "elsewhere", "items"),
     [
-        (8, 1 << 30, 8),  # the number bounds
-        (100, 5 * KB, 5),  # the bytes do, the one in the making included
-        (100, 5 * KB + 1023, 5),
-        (100, 10, 2),  # never less than two
-        (2, 1 << 30, 2),
-        (1, 1 << 30, 1),
+        (8, 1 << 30, 0, 8),  # the number bounds
+        (100, 5 * KB, 0, 5),  # the bytes do, the one in the making included
+        (100, 5 * KB + 1023, 0, 5),
+        (100, 12 * KB, 8, 4),  # and those that worker processes may hold
+        (100, 10, 0, 2),  # never less than two
+        (100, 5 * KB, 8, 2),
+        (2, 1 << 30, 0, 2),
+        (1, 1 << 30, 0, 1),
     ],
 )
-def test_no_more_is_made_ahead_than_was_allowed(most, limit, items):
+def test_no_more_is_made_ahead_than_was_allowed(most, limit, elsewhere, items):
     made = Made(KB)
-    with Prefetch(made.items(), most, limit) as ahead:
+    with Prefetch(made.items(), most, limit, elsewhere) as ahead:
         for taken in range(4):
             for _ in range(60):  # more than can be made
                 made.permits.release()

@@ -155,7 +155,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(arguments, tmp_path, capsys):
             if line.startswith("step "):
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, err

@@ -11,6 +11,7 @@ import pytest
 from processes import Processes, alone
 
 from jax_diffusion import model as models
+from jax_diffusion.data import batch_indices
 
 # A machine that is loaded, or stopped for a while, is no death.
 PATIENT = {"JAX_DIFFUSION_HEARTBEAT_TIMEOUT": "600"}
@@ -159,3 +160,28 @@ def test_sigterm_to_one_saves_in_both_at_the_same_step(arguments, tmp_path):
     assert words[0] and words[1] and words[0][1] == words[1][1]
     step = int(words[0][1].replace(",", ""))
     assert f"at step {step} of" in finishes(tmp_path / "run", step + 1, processes=2).replace(",", "")
+
+
+def test_two_processes_leave_bad_data_behind_together(arguments, tmp_path):
+    """NaN in the batches 10 to 15: both skip, go back to step 10 and on with later batches, as one process does."""
+    batch, seed, n = 16, 0, 960
+    points = np.random.default_rng(0).normal(size=(n, 2)).astype(np.float32)
+    for step in range(10, 16):
+        points[batch_indices(seed=seed, step=step, batch_size=batch, n=n)[step % batch]] = np.nan
+    np.save(tmp_path / "points.npy", points)
+    fields = arguments(
+        "toy2d", "data.source=numpy", f"data.path={tmp_path}/points.npy", "data.holdout=0.0", "data.labels=False", *TOY,
+        f"train.batch_size={batch}", "train.steps=20", "train.max_bad_steps=4", f"seed={seed}", "train.sample_every=0",
+    )  # fmt: skip
+    start = lambda name: ("train", "--config=toy2d", f"--workdir={tmp_path / name}", *fields)  # noqa: E731
+    with Processes(2, *start("two"), **PATIENT) as two:
+        assert two.end() == [0, 0], two[0].said + two[1].said
+    assert "going back to step 10" in two[0].said
+    done = alone(*start("one"))
+    assert done.returncode == 0, done.stdout
+    for key in ("rollbacks", "skipped"):
+        ours = scalars(tmp_path / "two", key)
+        assert list(ours)[-1] == 20 and ours == scalars(tmp_path / "one", key), key
+    assert scalars(tmp_path / "two", "rollbacks")[20] == 1
+    losses = [list(scalars(tmp_path / name, "loss").values()) for name in ("two", "one")]
+    np.testing.assert_allclose(*losses, rtol=1e-3)

@@ -73,6 +73,17 @@ def test_a_pod_of_a_job_needs_the_package_or_the_address(env, monkeypatch):
         distributed.place()
 
 
+def test_tpus_of_gke_tell_of_themselves(env, monkeypatch):
+    """A pod of a JobSet on TPUs has both kinds of variables, and its own number is that of its slice alone."""
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr("jax._src.clusters.cluster.running_in_cloud_tpu_vm", True)
+    env({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1", "TPU_WORKER_HOSTNAMES": "a,b",
+         "TPU_WORKER_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "2",
+         "MEGASCALE_SLICE_ID": "1"})  # fmt: skip
+    assert tuple(distributed.place()) == ("localhost:8482", 4, 3)
+
+
 def test_lines_of_others_begin_with_their_rank():
     out = io.StringIO()
     stream = distributed._Prefixed(out, "[1/2] ")

@@ -163,7 +163,7 @@ def test_sharded_averages_are_saved_whole(runs, arguments, tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path), *arguments("toy2d", *FIELDS, "mesh.fsdp=2")],
-        env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     for profile, path in posthoc.snapshots(tmp_path).items():
