@@ -65,6 +65,6 @@ for setting in ${settings[@]+"${settings[@]}"}; do
     if [[ "$name" != XLA_FLAGS && -n "${!name:-}" ]]; then continue; fi
     # The older name of the same setting, beside which JAX does not take the new one.
     if [[ "$name" == XLA_CLIENT_MEM_FRACTION && -n "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]]; then continue; fi
-    if (($#)); then export "$setting"; else printf 'export %s=%q\n' "$name" "${setting#*=}"; fi
+    if (($#)); then export "${setting?}"; else printf 'export %s=%q\n' "$name" "${setting#*=}"; fi
 done
 if (($#)); then exec "$@"; fi

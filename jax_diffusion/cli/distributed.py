@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
     address: str  # where process 0 is found, host:port
     number: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants of it
 
 
 def _seconds(name: str, default: int) -> int:
@@ -57,7 +57,9 @@ def _said() -> Place | None:
 
 def _cluster():
     """The cluster of JAX's own that this process runs in, or None."""
-    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
+    # On TPUs of GKE their own variables tell.
+    tpus = "TPU_WORKER_HOSTNAMES" in os.environ or "TPU_PROCESS_ADDRESSES" in os.environ
+    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ and not tpus:
         try:
             import kubernetes  # noqa: F401
         except ImportError:
@@ -217,7 +219,8 @@ def leave(status: int) -> int:
     if status not in (0, processes.RESUME) and processes.several():
         sys.stdout.flush()
         sys.stderr.flush()
-        if place().index == 0:
+        here = place()
+        if here is not None and here.index == 0:
             time.sleep(2)  # the others lose their service with it: let them say what is wrong themselves
         os._exit(status)
     return status

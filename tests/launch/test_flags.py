@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "flags.sh"
+SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "flags.sh"
 
 
 def flags(*arguments, script=SCRIPT, **env):
