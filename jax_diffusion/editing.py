@@ -68,16 +68,21 @@ def inpaint(
     Returns [B, ...], or with `trajectory` every x0_hat as well.
     """
     indices = jnp.arange(len(known)) if indices is None else indices
-    eps = noise.normal(noise.sample_keys(key, indices), 0, known.shape[1:])
-    alpha, sigma = schedule.alpha_sigma(jnp.asarray(table.t, jnp.float32)[0])
-    start = jnp.where(mask, alpha * known + sigma * eps, jnp.asarray(table.scale, jnp.float32) * eps)
-    # The start holds all the noise a table wants, that of its first stage too.
+    start = inpainting_start(noise.sample_keys(key, indices), table, schedule, known, mask)
     table = dataclasses.replace(table, C_start=jnp.zeros_like(table.C_start))
-    denoise = wrap(denoise, lambda denoise: replace_known(denoise, known, mask))
-    out = sample(key, denoise, table, known.shape[1:], indices=indices, x=start, trajectory=trajectory)
+    wrapped = wrap(denoise, lambda denoise: replace_known(denoise, known, mask))
+    out = sample(key, wrapped, table, known.shape[1:], indices=indices, x=start, trajectory=trajectory)
     x, film = out if trajectory else (out, None)
     x = jnp.where(mask, known, x)
     return (x, film) if trajectory else x
+
+
+def inpainting_start(keys: jax.Array, table: Table, schedule: Schedule, known: jax.Array, mask: jax.Array) -> jax.Array:
+    """The state that `inpaint` starts from, [B, ...]; keys [B]. It holds all the noise a table wants, that of its first
+    stage too."""
+    eps = noise.normal(keys, 0, known.shape[1:])
+    alpha, sigma = schedule.alpha_sigma(jnp.asarray(table.t, jnp.float32)[0])
+    return jnp.where(mask, alpha * known + sigma * eps, jnp.asarray(table.scale, jnp.float32) * eps)
 
 
 def below(grid: Grid, t: float) -> Grid:
@@ -237,10 +242,10 @@ def interpolate(model: Any, a: Any, b: Any, frames: int = 8, *, labels: Any = No
     a, b = _checked(model, a), _checked(model, b)
     if len(a) != len(b) or frames < 2:
         raise UserError(f"interpolate: {len(a)} and {len(b)} images, frames={frames}; give pairs and at least 2")
-    ends = None if labels is None else np.concatenate([np.broadcast_to(l, len(a)) for l in labels])
+    ends: Any = None if labels is None else np.concatenate([np.broadcast_to(l, len(a)) for l in labels])
     first, second = np.split(encode(model, np.concatenate([a, b]), labels=ends, **options), 2)
     w = np.linspace(0.0, 1.0, frames)
-    between = np.asarray(slerp(jnp.asarray(first), jnp.asarray(second), w))
+    between = np.asarray(slerp(jnp.asarray(first), jnp.asarray(second), jnp.asarray(w)))
     if labels is not None:
         of_a, of_b = np.split(ends, 2)
         ends = np.where(w[None] < 0.5, of_a[:, None], of_b[:, None]).reshape(-1)

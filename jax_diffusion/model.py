@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -124,23 +124,15 @@ class Model:
         """
         table = self.default_table() if table is None else table
         mesh = sharding.make_mesh() if mesh is None else mesh
-        parts = sharding.batch_shards(mesh)
-        batch_size = -(-min(batch_size, num) // parts) * parts
         weak, weak_kind = guiding.weak_network(self, autoguide)
-        samples, shared = self._request(num, labels, images, guidance, negative, weak, threshold)
+        samples, shared = self.request(num, labels, images, guidance, negative, weak, threshold)
         refreshes, depth = caching.request(cache, self.network, table, shared)
-        begin = self._start(start, known, mask, num)
+        begin = self.start(start, known, mask, num)
         if "known" in begin:
             editing.check_table(table)
         clip = self.config.sampling.clip if clip is None else clip
-        place = sharding.batch_sharding(mesh)
-        outputs, films = [], []
-        for start in range(0, num, batch_size):
-            # The last call is filled up with samples that are thrown away: one shape, one program.
-            indices = np.arange(start, start + batch_size)
-            rows = np.minimum(indices, num - 1)
-            inputs = jax.tree.map(lambda v, rows=rows: v[rows], (samples, begin))
-            indices, (rows, x) = jax.device_put((indices.astype(np.int32), inputs), place)
+        outputs, films, done = [], [], 0
+        for indices, (rows, x) in self.batches(num, batch_size, mesh, (samples, begin)):
             out = self.generate(
                 self.params, key, table, indices, rows, shared, x, refreshes,
                 shape=self.shape, clip=clip, trajectory=trajectory, weak=weak_kind, depth=depth,
@@ -149,9 +141,20 @@ class Model:
             outputs.append(out[0] if trajectory else out)
             if trajectory:
                 films.append(out[1])
-            progress(min(start + batch_size, num), num)
+            done += len(indices)
+            progress(min(done, num), num)
         images = np.concatenate(outputs)[:num]
         return (images, np.concatenate(films, axis=1)[:, :num]) if trajectory else images
+
+    def batches(self, num: int, batch_size: int, mesh, inputs: Any) -> Iterator[tuple[jax.Array, Any]]:
+        """(indices, their rows of `inputs`) of each call for `num` samples, on the devices of `mesh`."""
+        parts, place = sharding.batch_shards(mesh), sharding.batch_sharding(mesh)
+        batch_size = -(-min(batch_size, num) // parts) * parts
+        for start in range(0, num, batch_size):
+            # The last call is filled up with samples that are thrown away: one shape, one program.
+            indices = np.arange(start, start + batch_size, dtype=np.int32)
+            rows = np.minimum(indices, num - 1)
+            yield jax.device_put((indices, jax.tree.map(lambda v, rows=rows: v[rows], inputs)), place)
 
     def denoiser(
         self,
@@ -167,7 +170,7 @@ class Model:
     ) -> dict[str, Any]:
         """`denoiser`, `params` and `cond` of `num` samples for solvers.optimize; arguments as for `sample`."""
         weak, weak_kind = guiding.weak_network(self, autoguide)
-        cond, shared = self._request(num, labels, images, guidance, negative, weak, threshold)
+        cond, shared = self.request(num, labels, images, guidance, negative, weak, threshold)
         clip = self.config.sampling.clip if clip is None else clip
 
         def denoiser(params, samples):
@@ -178,7 +181,10 @@ class Model:
 
         return {"denoiser": denoiser, "params": (self.params, shared), "cond": cond}
 
-    def _request(self, num, labels, images, guidance, negative, weak, threshold) -> tuple[dict, dict]:
+    def request(
+        self, num, labels=None, images=None, guidance=1.0, negative=None, weak=None, threshold=None
+    ) -> tuple[dict, dict]:
+        """What guidance.model.denoiser is given for `num` samples: arrays of a row per sample, and those they share."""
         cond = {"label": self._labels(labels, num), "image": self._images(images, num)}
         cond = {k: v for k, v in cond.items() if v is not None}
         if negative is not None:
@@ -212,7 +218,7 @@ class Model:
         shown = self.condition_images(images)
         return shown[np.arange(num) % len(shown)]
 
-    def _start(self, start, known, mask, num: int) -> dict[str, np.ndarray]:
+    def start(self, start, known, mask, num: int) -> dict[str, np.ndarray]:
         """What `generate` starts from, arrays of `num` samples."""
         if known is None and mask is None:
             return {} if start is None else {"x": self._states("start", start, num)}

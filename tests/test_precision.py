@@ -55,7 +55,7 @@ def test_the_same_samples_from_half_the_bytes(name, options):
 def test_nothing_is_rounded_in_the_loop():
     half = make("dit", **DIT).cast("bfloat16")
     table = solvers.make("ddim", half.process.schedule, 3)
-    samples, shared = half._request(2, [1], None, 1.0, None, None, None)
+    samples, shared = half.request(2, [1], None, 1.0, None, None, None)
     settings = {"shape": half.shape, "clip": True, "trajectory": False, "weak": None}
 
     def converted(params):

@@ -35,6 +35,7 @@ def _parser() -> Parser:
         plan,
         report,
         sample,
+        studio,
         train,
         upscale,
     )
@@ -43,11 +44,11 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     editing = (inpaint, img2img, upscale, colorize, interpolate, denoise)
-    for module in (train, data, report, sample, evaluate, ema, optimize, *editing, convert, plan, bench):
+    for module in (train, data, report, sample, studio, evaluate, ema, optimize, *editing, convert, plan, bench):
         name = module.__name__.rsplit(".", 1)[1]
         command = commands.add_parser(
             name,
-            help=module.__doc__.splitlines()[0],
+            help=(module.__doc__ or "").splitlines()[0],
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

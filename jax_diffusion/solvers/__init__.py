@@ -1,7 +1,7 @@
 """Solvers, most of them tables. `make("ddim", schedule, steps=50, eta=0.0)` builds one, `sample` runs any."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jax_diffusion.errors import UserError, check_options, choose
 from jax_diffusion.schedules import Schedule
@@ -50,7 +50,7 @@ __all__ = [
     "sample_keys",
 ]
 
-SOLVERS = {
+SOLVERS: dict[str, Callable[..., Table]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "euler": euler,
@@ -80,7 +80,7 @@ SOLVERS = {
 }
 
 # Not linear in the state, so not tables: steps of each sample's own, Langevin correctors.
-METHODS = {
+METHODS: dict[str, Callable[..., Solver]] = {
     "rk45": rk45,
     "rk23": rk23,
     "dpm_adaptive": dpm_adaptive,
@@ -112,7 +112,7 @@ def make(
 
     >>> print(make("dpmpp_2m", schedules.make("cosine"), steps=20))
     """
-    known = {**SOLVERS, **METHODS}
+    known: dict[str, Callable[..., Table | Solver]] = {**SOLVERS, **METHODS}
     solver = known[choose("solver", name, known)]
     grid_options = {k: options.pop(k) for k in GRID_OPTIONS if k in options}
     check_options(f"solver {name!r}", solver, options, positional=1)

@@ -1,7 +1,7 @@
 """Which solver comes nearest to many small steps, at equal numbers of evaluations?"""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def published(schedule: Schedule, evaluations: int) -> list[Table]:
     so that they are one compiled program: shorter ones begin with rows that do nothing. A table's name says its
     solver, grid and true number of evaluations.
     """
-    found = []
+    found: list[Any] = []
     for name in solvers.SOLVERS:
         for spacing in solvers.grids.SPACINGS:
             table = None if spacing.startswith("ays") else _longest(name, schedule, spacing, evaluations)

@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser, unpack
+from jax_diffusion.schedules.base import Array
 from jax_diffusion.shapes import per_sample
 from jax_diffusion.solvers.frame import Frame
 from jax_diffusion.solvers.sampling import Adaptive
@@ -34,16 +35,16 @@ LARGEST_STEP = 1.0  # in log u
 class DPMAdaptive(Adaptive):
     """A `Solver`; its numbers are data, its order is part of the program. Each sample pays the batch's slowest."""
 
-    t: np.ndarray  # [1] the time it starts from
-    start: np.ndarray  # [] w = log u there
-    end: np.ndarray  # []
-    rtol: np.ndarray  # []
-    atol: np.ndarray  # []
-    first_step: np.ndarray  # [] in log u
-    max_evaluations: np.ndarray  # []
-    lands: np.ndarray  # [] 1: a last evaluation goes on to sigma = 0
-    scale: np.ndarray  # []
-    C_start: np.ndarray  # []
+    t: Array  # [1] the time it starts from
+    start: Array  # [] w = log u there
+    end: Array  # []
+    rtol: Array  # []
+    atol: Array  # []
+    first_step: Array  # [] in log u
+    max_evaluations: Array  # []
+    lands: Array  # [] 1: a last evaluation goes on to sigma = 0
+    scale: Array  # []
+    C_start: Array  # []
     frame: Frame
     order: int
     name: str = ""
@@ -83,8 +84,8 @@ class DPMAdaptive(Adaptive):
                 used + active * self.order,
             )
 
-        state = (w, y, y, jnp.broadcast_to(first, batch), jnp.zeros(batch, x.dtype))
-        w, y, _, _, used = jax.lax.while_loop(lambda s: jnp.any(going(s)), attempt, state)
+        begin = (w, y, y, jnp.broadcast_to(first, batch), jnp.zeros(batch, x.dtype))
+        w, y, _, _, used = jax.lax.while_loop(lambda s: jnp.any(going(s)), attempt, begin)
         y = jnp.where(per_sample(w <= end, y) > 0, y, jnp.nan)
         t, s = self.frame.point(end)
         state, lands = per_sample(s, y) * y, jnp.asarray(self.lands) > 0

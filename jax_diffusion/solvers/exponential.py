@@ -16,7 +16,7 @@ The papers' shorter formulae replace some I_j by something that agrees with it t
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from jax_diffusion.solvers.table import Grid, Table
 class Point(NamedTuple):
     """A point of the path. t is None where a grid lands: nothing is evaluated there."""
 
-    t: float | None
+    t: Any  # float
     alpha: float
     sigma: float
     l: float  # log(alpha / sigma): -inf at alpha = 0, where a flow begins; inf at sigma = 0
@@ -142,7 +142,8 @@ def multistep(
         z = (1 + eta) h, c^2 = sigma_b^2 (1 - e^{-2 eta h}); Lu et al. 2022b for eta = 1.
     """
     path, steps = points(grid), Steps(grid)
-    x, past = steps.x, []
+    x = steps.x
+    past: list[tuple[float, Linear]] = []
     for n, (a, b) in enumerate(itertools.pairwise(path)):
         D = steps.denoise(x, a.t)
         past = [(a.l, form.predicted(D, a)), *past][:order]

@@ -138,14 +138,14 @@ def parse(text: str) -> list[float] | str:
 def _explicit(schedule: Schedule, points: Sequence[float], unit: str) -> np.ndarray:
     """The times of a list that the user gives, of times or of sigma / alpha; a last sigma of 0 is the landing."""
     choose("grid_unit", unit, UNITS)
-    points = np.asarray(points, np.float64)
+    given = np.asarray(points, np.float64)
     if unit == "time":
-        return points
-    if points.ndim == 1 and len(points) > 1 and points[-1] == 0:
-        points = points[:-1]
-    if np.any(points <= 0):
+        return given
+    if given.ndim == 1 and len(given) > 1 and given[-1] == 0:
+        given = given[:-1]
+    if np.any(given <= 0):
         raise UserError("grid: noise levels must be positive; only the last may be 0, where the solver lands")
-    return _times_of_noise(schedule, points)
+    return _times_of_noise(schedule, given)
 
 
 def from_times(schedule: Schedule, t: np.ndarray, final: str = "zero") -> Grid:

@@ -28,6 +28,7 @@ import optax
 from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser
 from jax_diffusion.schedules.base import Schedule
+from jax_diffusion.solvers.sampling import Solver
 from jax_diffusion.solvers.table import Table
 
 MakeDenoiser = Callable[[Any, Any], Denoiser]  # (params, cond) -> Denoiser
@@ -99,12 +100,13 @@ def _endpoint(table, params, x, cond, *, denoiser):
     return table.run(None, denoiser(params, cond), x)[0]
 
 
-def check_deterministic(table: Table) -> None:
-    """Raises UserError for a table with noise, and for a solver that is no table."""
-    if not isinstance(table, Table):
-        raise UserError(f"solver {table.name!r} is no table of numbers: use one that is, like ddim, dpmpp_2m or unipc")
-    if np.any(table.C):
-        raise UserError(f"solver {table.name!r} adds noise: only deterministic ones have one end point to compare")
+def deterministic(solver: Solver) -> Table:
+    """The solver itself; UserError for a table with noise, and for a solver that is no table."""
+    if not isinstance(solver, Table):
+        raise UserError(f"solver {solver.name!r} is no table of numbers: use one that is, like ddim, dpmpp_2m or unipc")
+    if np.any(solver.C):
+        raise UserError(f"solver {solver.name!r} adds noise: only deterministic ones have one end point to compare")
+    return solver
 
 
 def _rows(tree: Any, rows: np.ndarray) -> Any:
@@ -122,7 +124,7 @@ def endpoints(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """x_0 [M, ...] of a deterministic table from the states x [M, ...]; arguments as for optimize."""
-    check_deterministic(table)
+    deterministic(table)
     x = np.asarray(x, np.float32)
     cond = jax.tree.map(np.asarray, cond)
     size, out = min(batch_size, len(x)), []
@@ -168,7 +170,7 @@ def optimize(
 
     Raises UserError for tables with noise.
     """
-    check_deterministic(table)
+    deterministic(table)
     x, target = np.asarray(x, np.float32), np.asarray(target, np.float32)
     cond = jax.tree.map(np.asarray, cond)
     if x.shape != target.shape or len(table) < 2:

@@ -4,7 +4,7 @@ Written in the straight frame (solvers/table.py), where dy/du = (y - D) / u.
 """
 
 from jax_diffusion.solvers.exponential import check_order, weights
-from jax_diffusion.solvers.steps import Steps
+from jax_diffusion.solvers.steps import Linear, Steps
 from jax_diffusion.solvers.table import Grid, Table
 
 
@@ -20,7 +20,8 @@ def lms(grid: Grid, order: int = 4, lower_order_final: bool = True) -> Table:
     check_order("lms", order, 4)
     u, s = grid.straight
     steps = Steps(grid)
-    y, slopes = steps.x / s[0], []
+    y = steps.x / s[0]
+    slopes: list[Linear] = []
     for n, t in enumerate(grid.t):
         D = steps.denoise(s[n] * y, t)
         slopes = [steps.remember(D, -1 / s[n]) / -u[n], *slopes][:order]  # (y - D) / u

@@ -42,7 +42,8 @@ def _linear_multistep(grid: Grid, order: int, lower_order_final: bool, runge_kut
     def slope(y: Linear, u: float, s: float, t: float) -> Linear:
         return steps.remember(steps.denoise(s * y, t), -1 / s) / -u  # (y - D) / u
 
-    y, slopes = steps.x / s[0], []
+    y = steps.x / s[0]
+    slopes: list[Linear] = []
     last = len(grid.t) - 1
     for n, t in enumerate(grid.t):
         slopes = [slope(y, u[n], s[n], t), *slopes][:order]

@@ -13,6 +13,7 @@ A corrector step is one more row and one more network evaluation, so all of it i
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +21,29 @@ import numpy as np
 
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.guidance import Denoiser, unpack
+from jax_diffusion.schedules.base import Array
 from jax_diffusion.solvers import noise
 from jax_diffusion.solvers.ddim import ddim
 from jax_diffusion.solvers.ddpm import ddpm
 from jax_diffusion.solvers.euler import euler
 from jax_diffusion.solvers.table import Grid, rows
 
-PREDICTORS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "none": None}
+PREDICTORS: dict[str, Any] = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "none": None}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PredictorCorrector:
     """N rows, each x <- A x + B D + C xi, or a Langevin step where snr > 0. Float64 NumPy as made; a pytree."""
 
-    t: np.ndarray  # [N]
-    A: np.ndarray  # [N]
-    B: np.ndarray  # [N]
-    C: np.ndarray  # [N]
-    snr: np.ndarray  # [N] 0 in the predictor's rows
-    alpha: np.ndarray  # [N] at t
-    sigma: np.ndarray  # [N]
-    scale: np.ndarray  # []
-    C_start: np.ndarray  # []
+    t: Array  # [N]
+    A: Array  # [N]
+    B: Array  # [N]
+    C: Array  # [N]
+    snr: Array  # [N] 0 in the predictor's rows
+    alpha: Array  # [N] at t
+    sigma: Array  # [N]
+    scale: Array  # []
+    C_start: Array  # []
     name: str = ""
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ from scipy import integrate as scipy_integrate
 
 from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser, unpack
+from jax_diffusion.schedules.base import Array
 from jax_diffusion.shapes import per_sample
 from jax_diffusion.solvers.frame import Frame
 from jax_diffusion.solvers.sampling import Adaptive
@@ -157,15 +158,15 @@ class RungeKutta(Adaptive):
     (solvers/frame.py), in pixels where there is little noise. Each sample pays the time of the batch's slowest.
     """
 
-    t: np.ndarray  # [1] the time it starts from
-    start: np.ndarray  # [] w = log u there
-    end: np.ndarray  # [] and where it ends
+    t: Array  # [1] the time it starts from
+    start: Array  # [] w = log u there
+    end: Array  # [] and where it ends
     pair: Pair
     control: Control
-    lands: np.ndarray  # [] 1: a last evaluation at `end` goes on to sigma = 0; 0: x at the schedule's least noise
-    alpha_end: np.ndarray  # []
-    scale: np.ndarray  # []
-    C_start: np.ndarray  # []
+    lands: Array  # [] 1: a last evaluation at `end` goes on to sigma = 0; 0: x at the schedule's least noise
+    alpha_end: Array  # []
+    scale: Array  # []
+    C_start: Array  # []
     frame: Frame
     name: str = ""
 

@@ -19,9 +19,16 @@ class Solver(Protocol):
     A pytree of numbers, so that another setting is new data for the same compiled program.
     """
 
-    name: str
-    scale: Any  # [] standard deviation of the initial noise
-    C_start: Any  # [] standard deviation of noise to be added to a state that is handed in
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def scale(self) -> Any:
+        """[] standard deviation of the initial noise."""
+
+    @property
+    def C_start(self) -> Any:
+        """[] standard deviation of noise to be added to a state that is handed in."""
 
     def run(self, keys: jax.Array, denoise: Denoiser, x: jax.Array, trajectory: bool = False):
         """(x_0 [B, ...], every x0_hat [N, B, ...] or None) from x [B, ...]; keys [B], one a sample."""
@@ -78,11 +85,16 @@ def sample(
     indices = jnp.arange(1 if x is None else len(x)) if indices is None else jnp.asarray(indices)
     keys = noise.sample_keys(key, indices)
     if x is None:
-        x = jnp.asarray(solver.scale, jnp.float32) * noise.normal(keys, 0, tuple(shape))
+        x = prior(keys, solver, shape)
     else:
         churn = jnp.asarray(solver.C_start, x.dtype)
         x = jax.lax.cond(
             churn > 0, lambda x: x + churn * noise.normal(keys, noise.ON_A_GIVEN_STATE, x.shape[1:]), lambda x: x, x
         )
-    x, x0_hats = solver.run(keys, denoise, x, trajectory)
+    x, x0_hats = solver.run(keys, denoise, x, trajectory)  # type: ignore[arg-type]  # a Table takes both
     return (x, x0_hats) if trajectory else x
+
+
+def prior(keys: jax.Array, solver: Solver, shape: tuple[int, ...]) -> jax.Array:
+    """The noise that a solver starts from, [B, *shape]; keys [B]."""
+    return jnp.asarray(solver.scale, jnp.float32) * noise.normal(keys, 0, tuple(shape))

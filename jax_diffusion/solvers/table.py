@@ -17,7 +17,7 @@ once whatever the order, and another solver, eta or grid with as many rows is ne
 import dataclasses
 import pathlib
 import zipfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 
 from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser, Remembering, unpack
-from jax_diffusion.schedules.base import Schedule
+from jax_diffusion.schedules.base import Array, Schedule
 from jax_diffusion.solvers import noise
 
 
@@ -80,15 +80,15 @@ class Grid(NamedTuple):
 class Table:
     """N rows of a solver with a memory of K predictions. Float64 NumPy as made; a pytree, so jit takes it."""
 
-    t: np.ndarray  # [N] the time of each evaluation
-    A: np.ndarray  # [N]
-    B: np.ndarray  # [N, K]
-    P: np.ndarray  # [N] share of the state in what is remembered; 0 where that is the denoised prediction
-    R: np.ndarray  # [N] weight of raw - D; 0 where the noise is derived from the clipped prediction
-    C: np.ndarray  # [N] standard deviation of the added noise; 0 in the last row
-    C_max: np.ndarray  # [N] the same at the upper end of a learned variance; = C where nothing is learned
-    C_start: np.ndarray  # [] standard deviation of the noise that a state handed in is given (churn, else 0)
-    scale: np.ndarray  # [] standard deviation of the initial noise, C_start included
+    t: Array  # [N] the time of each evaluation
+    A: Array  # [N]
+    B: Array  # [N, K]
+    P: Array  # [N] share of the state in what is remembered; 0 where that is the denoised prediction
+    R: Array  # [N] weight of raw - D; 0 where the noise is derived from the clipped prediction
+    C: Array  # [N] standard deviation of the added noise; 0 in the last row
+    C_max: Array  # [N] the same at the upper end of a learned variance; = C where nothing is learned
+    C_start: Array  # [] standard deviation of the noise that a state handed in is given (churn, else 0)
+    scale: Array  # [] standard deviation of the initial noise, C_start included
     name: str = ""
 
     def __len__(self) -> int:
@@ -126,6 +126,12 @@ class Table:
         B = self.B[:, : max(memory, self.used_memory)]
         return dataclasses.replace(self, B=np.pad(B, ((0, 0), (0, max(0, memory - B.shape[1])))))
 
+    def filled(self, rows: int) -> "Table":
+        """These rows and copies of the last, so many in all, for `some`: tables of equal shapes share a program."""
+        more = rows - len(self)
+        columns = {c: np.asarray(getattr(self, c)) for c in ("t", "A", "B", "P", "R", "C", "C_max")}
+        return dataclasses.replace(self, **{k: np.concatenate([c, *[c[-1:]] * more]) for k, c in columns.items()})  # type: ignore[arg-type]
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes all columns to an .npz file, which solvers.load reads."""
         path = pathlib.Path(path)
@@ -154,16 +160,37 @@ class Table:
             carry, x0_hat = _row(carry, r, denoise, keys)
             return carry, (x0_hat if trajectory else None)
 
-        n = len(self)
-        by_row = jax.tree.map(lambda c: jnp.broadcast_to(jnp.asarray(c, x.dtype), (n, *jnp.shape(c)[1:])), self)
-        state = denoise.start(x) if isinstance(denoise, Remembering) else None
-        # Draw 0 was the initial noise.
-        start = x, [jnp.zeros_like(x)] * self.memory, jnp.int32(1), state
+        start, by_row = self.begin(denoise, x), self._by_row(x.dtype)
         (x, *_), x0_hats = jax.lax.scan(jax.checkpoint(step) if remat else step, start, by_row, unroll=unroll)
         return x, x0_hats
 
+    def begin(self, denoise: Denoiser | Remembering | None, x: jax.Array) -> tuple:
+        """What goes from row to row: the state x [B, ...], what is remembered, the number of the next draw (0 was the
+        initial noise) and the state of a denoiser that has one."""
+        state = denoise.start(x) if isinstance(denoise, Remembering) else None
+        return x, [jnp.zeros_like(x)] * self.memory, jnp.int32(1), state
 
-def _row(carry: tuple, r: Table, denoise: Denoiser | Remembering, keys: jax.Array | None):
+    def some(self, keys: jax.Array | None, denoise: Denoiser | Remembering, carry: tuple, count: jax.Array):
+        """The next `count` rows (traced): (carry, the last one's D [B, ...]). The first carry is `begin`'s; in how many
+        calls the rows are run changes nothing."""
+        x = carry[0]
+        by_row = self._by_row(x.dtype)
+
+        def step(_, so_far):
+            carry, _ = so_far
+            n = carry[2] - 1  # rows that are done
+            r = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, n, keepdims=False), by_row)
+            return _row(carry, r, denoise, keys)
+
+        return jax.lax.fori_loop(0, count, step, (carry, jnp.zeros_like(x)))
+
+    def _by_row(self, dtype) -> "Table":
+        """The columns as arrays; what the table has one of, once a row."""
+        n = len(self)
+        return jax.tree.map(lambda c: jnp.broadcast_to(jnp.asarray(c, dtype), (n, *jnp.shape(c)[1:])), self)
+
+
+def _row(carry: tuple, r: Table, denoise: Denoiser | Remembering, keys: Any):
     """One row: ((x_n, D_{n-1}.., n) -> (x_{n+1}, D_n.., n+1), D_n). r: its numbers; keys: None adds no noise.
 
     The carry's last is the state of a denoiser that has one, else None.

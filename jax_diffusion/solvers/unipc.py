@@ -6,7 +6,7 @@ import math
 from jax_diffusion.errors import choose
 from jax_diffusion.solvers import exponential
 from jax_diffusion.solvers.exponential import DATA, NOISE, check_order, first_order, integrals, multistep_order
-from jax_diffusion.solvers.steps import Steps
+from jax_diffusion.solvers.steps import Linear, Steps
 from jax_diffusion.solvers.table import Grid, Table
 
 
@@ -39,7 +39,8 @@ def unipc(
         return [I[0], (z if solver_type == "bh1" else I[0]) / 2] if count == 2 else I
 
     path, steps = exponential.points(grid), Steps(grid)
-    x, past, before, k = steps.x, [], None, 0
+    x, before, k = steps.x, steps.x, 0  # before: the state that the last step began with
+    past: list[tuple[float, Linear]] = []
     for n, (a, b) in enumerate(itertools.pairwise(path)):
         D = steps.denoise(x, a.t)
         new = (a.l, form.predicted(D, a))
