@@ -1,26 +1,30 @@
-"""What the README and the notebooks print is run as printed."""
+"""What the README and the docs print is run as printed, and prints what they say."""
 
-import json
+import contextlib
+import io
 import os
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 
 import pytest
 
+import jax_diffusion as jd
 from jax_diffusion.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-PAGES = [
-    b
-    for page in sorted((ROOT / "docs").glob("*.md"))
-    for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+DOCS = sorted(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)
+# (a block of Python, and what it prints where a block of text right after it says so)
+PRINTED = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.S)
+PAGES = [page for page in DOCS if PRINTED.search(page.read_text())]
+COMMANDS = [
+    page for page in [ROOT / "README.md", *DOCS] if re.search("^(    |\\$ )jax-diffusion ", page.read_text(), re.M)
 ]
-NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 STRICT = "import warnings\nwarnings.filterwarnings('error', module='jax_diffusion')\n"
 
@@ -55,21 +59,45 @@ def test_readme_example_after_the_demo(demo):
     assert len([line for line in BLOCKS[0].splitlines() if line]) <= 10
 
 
-@pytest.mark.parametrize("block", [*BLOCKS[1:], *PAGES])
+@pytest.mark.parametrize("block", BLOCKS[1:])
 def test_readme_examples_on_their_own(block, tmp_path):
     if "one compiled program" in block:
         block += "\nassert draw._cache_size() == 1"
     assert run_python(block, tmp_path)
 
 
-def test_readme_commands_parse(demo, capsys):
-    """Every command line of the README is one the parser accepts."""
-    lines = README.replace("\\\n", " ")
-    commands = re.findall(r"^    (jax-diffusion .*?)(?:\s+#.*)?$", lines, re.M)
-    assert len(commands) >= 4
+@pytest.fixture
+def registries(monkeypatch):
+    """Copies, which a page may add to."""
+    for module, name in (
+        (jd.solvers, "SOLVERS"), (jd.schedules, "SCHEDULES"), (jd.models, "MODELS"), (jd.data, "SOURCES"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_pages_run_and_print_what_they_say(page, request, registries, tmp_path, monkeypatch):
+    """The blocks of a page are one program, each as it is printed, in a folder of its own or after `make demo`."""
+    text = page.read_text()
+    monkeypatch.chdir(request.getfixturevalue("demo") if "runs/demo" in PRINTED.search(text)[0] else tmp_path)
+    names = {"__name__": "__main__"}
+    for code, says in PRINTED.findall(text):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            warnings.filterwarnings("error", module="jax_diffusion")
+            exec(compile(code, str(page), "exec"), names)
+        assert not says or said.getvalue().rstrip() == says.rstrip()
+
+
+@pytest.mark.parametrize("page", COMMANDS, ids=lambda p: p.stem)
+def test_commands_parse(page, capsys):
+    """Every command line of the README and the docs is one that the parser accepts."""
+    lines = page.read_text().replace("\\\n", " ")
+    program = r"(?:jax-diffusion|launch/local\.sh(?: --dry-run)? \d+)"
+    commands = re.findall(rf"^ *(?:\$ )?(?:\w+=\S+ )*{program} ([^`\n]*?)(?:\s+#[^`\n]*)?$", lines, re.M)
     parser = main._parser()
     for command in commands:
-        _, rest = parser.parse_known_args(shlex.split(command)[1:])
+        _, rest = parser.parse_known_args(shlex.split(command))
         assert all(word.startswith("--config.") for word in rest), command
 
 
@@ -77,22 +105,3 @@ def test_readme_paths_exist():
     for path in re.findall(r"\]\(([^)#]+)\)|`((?:launch|colab|docs|configs)/[\w./]+)`", README):
         target = next(filter(None, path))
         assert (ROOT / target).exists(), target
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs_and_is_stripped(path, tmp_path):
-    """All code cells in order, as one program; training is cut short through the config's own field."""
-    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    assert all(not c["outputs"] and c["execution_count"] is None for c in cells)
-    code = "\n\n".join("".join(c["source"]) for c in cells)
-    code = re.sub(r"^( *)%pip .*$", r"\1pass", code, flags=re.M)
-    code = re.sub(r"config\.train\.steps = \d+", "config.train.steps = 15; config.optim.warmup = 2", code)
-    code = re.sub(r"config\.train\.sample_every = \d+", "config.train.sample_every = 0", code)
-    run_python(code, tmp_path)
-
-
-def test_version_is_said_once():
-    import jax_diffusion
-
-    others = [p for p in ("setup.py", "pyproject.toml") if jax_diffusion.__version__ in (ROOT / p).read_text()]
-    assert not others
