@@ -168,7 +168,7 @@ def continuous_bound(
     z, (alpha, sigma) = _noised(keys, 0, x0, jnp.float32(most), schedule.scaling)
     z, std = z / alpha, sigma / alpha
     if discretized:
-        reconstruction = jax.lax.map(lambda zx: _categorical_nll(*zx, std), (z, x0))
+        reconstruction = jax.lax.map(lambda zx: _categorical_nll(zx[0], zx[1], std), (z, x0))
     else:
         reconstruction = _normal_nll(x0, z, jnp.broadcast_to(2 * jnp.log(std), x0.shape))
     reconstruction = mean_per_sample(reconstruction) / LN2

@@ -105,6 +105,7 @@ def remembering(
     def given(state):
         def apply(params, x, c_noise, cond):
             kept, n, refresh = (None, jnp.int32(-1), True) if state is None else (*state, refreshes[state[1]])
+            assert network.cached is not None  # `check` has refused others
             prediction, kept = network.cached(params, x, c_noise, cond, kept, refresh, depth=depth)
             return prediction, (kept, n + 1)
 
@@ -127,6 +128,7 @@ def cost(network: Network, params: Any, inputs: tuple, depth: int) -> tuple[floa
     check(network, depth)
 
     def evaluate(params, inputs, kept, refresh):
+        assert network.cached is not None
         return network.cached(params, *inputs, kept, refresh, depth=depth)
 
     kept = jax.eval_shape(lambda p, i: evaluate(p, i, None, True)[1], params, inputs)

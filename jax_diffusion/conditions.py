@@ -86,4 +86,5 @@ def make(name: str, shape: tuple[int, ...], **options) -> Condition | None:
     check_options(f"condition {name!r}", CONDITIONS[name], options, positional=1)
     if len(shape) != 3:
         raise UserError(f"condition={name} needs images, and these samples are points of {len(shape)} axis")
-    return CONDITIONS[name](tuple(shape), **options)
+    height, width, channels = shape
+    return CONDITIONS[name]((height, width, channels), **options)

@@ -11,11 +11,9 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from jax_diffusion.errors import UserError, choose, did_you_mean
-
-ConfigDict = ml_collections.ConfigDict
 
 
 def default() -> ConfigDict:
@@ -142,7 +140,7 @@ def resolve(name: str) -> ConfigDict:
         if path.suffix or len(path.parts) > 1:
             raise UserError(f"--config={name}: there is no such file; shipped recipes: {', '.join(known)}")
         path = known[choose("--config", name, known)]
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    spec: Any = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -232,7 +230,7 @@ def override(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
 
 
 # What younger configs have gained, with the value that says what older ones did.
-_GAINED = {
+_GAINED: dict[str, dict[str, Any]] = {
     "data": {"max_pixels": 1 << 26, "workers": 0, "mixture": (), "prefetch_bytes": 256 << 20, "on_device": "auto"},
     "condition": {"name": "none"},
     "process": {"raw_inputs": False},

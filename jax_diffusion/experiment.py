@@ -58,7 +58,8 @@ def default_table(config: configs.ConfigDict, gaussian: Gaussian) -> solvers.Tab
     """The solver that config.sampling names."""
     s = config.sampling
     options = {"variance": "learned"} if gaussian.learn_variance and s.solver == "ddpm" else {}
-    return solvers.make(s.solver, gaussian.schedule, s.steps, s.grid or None, **{**options, **s.options})
+    made: Any = solvers.make(s.solver, gaussian.schedule, s.steps, s.grid or None, **{**options, **s.options})
+    return made
 
 
 def abstract_batch(source: Source, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

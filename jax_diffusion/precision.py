@@ -25,6 +25,7 @@ def rounded(apply: Callable, params: Any, inputs: Sequence[Any], dtype: Any) -> 
 
     apply(params, *inputs) is traced, not run.
     """
+    tree: Any
     leaves, tree = jax.tree.flatten(params)
     jaxpr = jax.make_jaxpr(lambda leaves, inputs: apply(tree.unflatten(leaves), *inputs))(leaves, tuple(inputs))
     which = only_converted(jaxpr, dtype)[: len(leaves)]

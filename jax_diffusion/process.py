@@ -5,6 +5,7 @@ means. The trainer and the sampler use these five functions and know no more.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ class Gaussian:
         error = jnp.square(prediction.astype(jnp.float32) - target)
         loss = self.loss_weight(t) * mean_per_sample(error)
         if v is not None:
+            assert self.schedule.steps is not None  # a learned variance is of a discrete schedule
             # The bound trains the variance alone: the mean keeps the simple loss's gradient.
             x0 = self.parameterization.x0(target, x_t, t)
             bound = self.vlb_term(x0, jax.lax.stop_gradient(prediction), v, x_t, t)
@@ -97,7 +99,8 @@ class Gaussian:
         first = per_sample(t == 0, x0) > 0
         # At t = 0 the step lands on x_0 itself: the decoder's mean is x0_hat.
         mean_hat = jnp.where(first, x0_hat, mean_hat)
-        low, high = (per_sample(c, x0) for c in post.posterior_log_variances(self.schedule, t.astype(int)))
+        schedule: Any = self.schedule  # discrete, see __init__
+        low, high = (per_sample(c, x0) for c in post.posterior_log_variances(schedule, t.astype(int)))
         log_var = v * high + (1 - v) * low
         kl = post.normal_kl(mean, jnp.broadcast_to(low, x0.shape), mean_hat, log_var)
         nll = post.discretized_gaussian_nll(x0, mean_hat, log_var)

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from jax_diffusion.errors import UserError
 
@@ -82,7 +83,8 @@ def _is_alone() -> bool:
 
     def ask():
         try:
-            distributed.global_state.client.key_value_try_get("jax_diffusion/none")
+            client: Any = distributed.global_state.client
+            client.key_value_try_get("jax_diffusion/none")
         except Exception as e:
             answers.append(str(e))
 

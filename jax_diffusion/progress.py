@@ -14,7 +14,7 @@ class Progress:
         self.total = total
         self.done = 0
         self.started = time.monotonic()
-        self.shown = None  # time of the last line
+        self.shown: float | None = None  # time of the last line
         # A terminal rewrites one line; a log file gets a line only now and then.
         self.tty = sys.stderr.isatty()
         self.period = 0.5 if self.tty else 10.0

@@ -11,7 +11,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OFF = "off"
 # Programs that compile faster than this are not kept: reading a file takes as long.
@@ -36,8 +36,8 @@ def machine() -> str:
 
 def default_folder() -> pathlib.Path:
     """Where compiled programs are kept unless the user says otherwise: in the user's cache folder, by machine()."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    root = pathlib.Path(root) if root and os.path.isabs(root) else pathlib.Path.home() / ".cache"
+    said = os.environ.get("XDG_CACHE_HOME")
+    root = pathlib.Path(said) if said and os.path.isabs(said) else pathlib.Path.home() / ".cache"
     return root / "jax_diffusion" / "compiled" / machine()
 
 
@@ -125,7 +125,7 @@ _seen = {"programs": 0, "read": 0, "written": 0}
 def _listen() -> None:
     import jax
 
-    def on_duration(event: str, _: float, **__) -> None:
+    def on_duration(event: str, duration_secs: float, **kwargs: Any) -> None:
         _seen["programs"] += event == "/jax/core/compile/backend_compile_duration"
 
     def on_event(event: str, **__) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def per_sample(c: jax.Array, x: jax.Array) -> jax.Array:
+def per_sample(c: jax.Array | float, x: jax.Array) -> jax.Array:
     """`c` ([] or [B]) as [B, 1, ..., 1] against `x` ([B, ...]): ranks are never promoted silently here."""
     c = jnp.asarray(c, x.dtype)
     return c.reshape(c.shape[:1] + (1,) * (x.ndim - 1)) if c.ndim else c.reshape((1,) * x.ndim)

@@ -25,7 +25,7 @@ BATCH = ("data", "fsdp")
 
 # Specs by name, of leaves [..., inputs, outputs]; leading axes (a stack's layers) stay whole. A spec may also be a
 # tuple that names a mesh axis, several of them, or None for each axis of the leaf.
-SPECS = {
+SPECS: dict[str, tuple | None] = {
     "largest": None,  # the largest axis that divides, over fsdp
     "replicated": None,
     "columns": ("fsdp", "tensor"),  # outputs split: the first matrix of a pair
@@ -86,7 +86,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
-def across_slices(sizes: tuple[int, int, int], devices: Sequence) -> np.ndarray:
+def across_slices(sizes: tuple[int, ...], devices: Sequence) -> np.ndarray:
     """Devices of several slices as [data, fsdp, tensor], neighbours along fsdp and tensor in one slice.
 
     Where data is too small for that, fsdp goes across as well; tensor never does. Raises UserError where it would.
@@ -157,6 +157,7 @@ class Constraint:
         if self.tensor == 1:
             return w
         spec = PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, "tensor")
+        assert self.mesh is not None
         return jax.lax.with_sharding_constraint(w, NamedSharding(self.mesh, spec))
 
     def _batch(self, x: jax.Array, rest: tuple) -> jax.Array:
@@ -183,7 +184,7 @@ def _resolved(rules: Rules, mesh: Mesh) -> Iterator[tuple[str, str | tuple]]:
         name = choose("mesh.rules", rule, RULES)
         if name == "auto":
             name = "tensor" if mesh.shape["tensor"] > 1 else "largest"
-        yield from RULES[name]
+        yield from RULES[name]  # type: ignore[misc]  # which name no other set
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
@@ -200,8 +201,8 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Part
         # Of equal axes the last: output features, which every layout keeps contiguous.
         axis = max(axes, key=lambda i: (shape[i], i))
         return PartitionSpec(*(None,) * axis, "fsdp")
-    if isinstance(rule, str) and rule in SPECS and len(SPECS[rule]) <= len(shape):
-        rule = (None,) * (len(shape) - len(SPECS[rule])) + SPECS[rule]
+    if isinstance(rule, str) and rule in SPECS and (spec := SPECS[rule]) is not None and len(spec) <= len(shape):
+        rule = (None,) * (len(shape) - len(spec)) + spec
     if isinstance(rule, str) or len(rule) != len(shape):
         raise UserError(
             f"mesh.rules: {rule!r} for {name} (shape {shape}) is no spec: use one of {', '.join(SPECS)}, or one "

@@ -15,6 +15,7 @@ reach the space its network predicts in (parameterization.py), so one line here 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def _times_rate(w: jax.Array, rate: jax.Array) -> jax.Array:
     return w * jnp.where(w > 0, rate, 0.0)
 
 
-WEIGHTINGS = {
+WEIGHTINGS: dict[str, Callable[..., Any]] = {
     "simple": lambda: None,
     "min_snr": min_snr,
     "p2": p2,

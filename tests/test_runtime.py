@@ -89,7 +89,7 @@ def command(folder, tmp_path, *more):
     done = subprocess.run(
         [sys.executable, "-m", "jax_diffusion.cli.main", *arguments],
         env={**environment, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr
@@ -112,5 +112,5 @@ def test_a_second_start_reads_what_the_first_compiled(tmp_path):
 def test_importing_the_package_changes_nothing_in_jax():
     code = "import jax_diffusion.train.loop, jax_diffusion.cli.main, jax; print(jax.config.jax_compilation_cache_dir)"
     environment = {k: v for k, v in os.environ.items() if "CACHE" not in k}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "None", done.stderr

@@ -67,7 +67,7 @@ def spec(w: Work, config: configs.ConfigDict, built: Program) -> dict[str, Any]:
     found = [name for name, wrong in odd.items() if wrong]
     if found:
         raise UserError(f"--config: bench has no PyTorch counterpart for {', '.join(found)}; or use --only=jax")
-    schedule = built.parts.process.schedule
+    schedule: Any = built.parts.process.schedule
     return {
         "shape": list(built.shape),
         "num_classes": built.num_classes,

@@ -192,7 +192,8 @@ class Side:
             return net.apply(params, *p.network_inputs(x, t), {"label": label} if net.num_classes else {})
 
         arguments = (self._copied(), *(jnp.asarray(given[k]) for k in ("x", "t", "label")))
-        traced = lowering.jit(forward).trace(*arguments)
+        jitted: Any = lowering.jit(forward)
+        traced = jitted.trace(*arguments)
         compiled = traced.lower().compile()
 
         def run(n: int) -> None:

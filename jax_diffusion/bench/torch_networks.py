@@ -73,7 +73,7 @@ class Lucidrains(nn.Module):
         return self.net(x, t.expand(len(x)))
 
 
-CLASSES = {"UNet2DModel": UNet, "DiTTransformer2DModel": DiT, "Unet": Lucidrains}
+CLASSES: dict[str, Any] = {"UNet2DModel": UNet, "DiTTransformer2DModel": DiT, "Unet": Lucidrains}
 
 
 def load(folder: pathlib.Path) -> nn.Module:

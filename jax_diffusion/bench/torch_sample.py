@@ -60,7 +60,7 @@ def pipeline(net: nn.Module, call: Callable, spec: dict[str, Any], batch: int, l
         whole.set_progress_bar_config(disable=True)
 
         def sample(begin=None):
-            given = contextlib.nullcontext()
+            given: contextlib.AbstractContextManager = contextlib.nullcontext()
             if begin is not None:
                 given = mock.patch.object(module, "randn_tensor", lambda *a, **k: begin)
             with given:
@@ -168,7 +168,7 @@ def package(diffusion: nn.Module, spec: dict[str, Any], batch: int) -> Callable:
     shape = (batch, spec["shape"][-1], *spec["shape"][:2])
 
     def sample(begin=None):
-        given = contextlib.nullcontext()
+        given: contextlib.AbstractContextManager = contextlib.nullcontext()
         if begin is not None:
             given = mock.patch.object(module.torch, "randn", lambda *a, **k: begin)
         with given, mock.patch.object(module, "tqdm", lambda pairs, **_: pairs):

@@ -143,11 +143,11 @@ class Side:
     def _train(self, batch: int, v: Variant):
         net, given = self._net(v, training=True), self._tensors(batch, self._layout(v))
         if v.loop == "package":
-            step = torch_train.PackageStep(torch_train.package_diffusion(net, self.spec), self.spec, self.dtype)
+            step: Any = torch_train.PackageStep(torch_train.package_diffusion(net, self.spec), self.spec, self.dtype)
         else:
             loss = torch_train.Loss(net, self.spec, self.dtype).to(self.device)
             step = torch_train.Step(loss, self.spec, self._compiled(loss, v), v.marks, v.graph)
-        once = functools.partial(step, given["x0"], given["label"])
+        once: Callable[[], None] = functools.partial(step, given["x0"], given["label"])
         if v.graph:
             once = torch_train.captured(once)
 
@@ -226,7 +226,7 @@ class Side:
     def drop(self, key: str) -> None:
         """Lets go of everything of a variant."""
         self.prepared.pop(key, None)
-        self.sample = self.last = None
+        self.sample = self.last = None  # type: ignore[assignment]
         torch._dynamo.reset()
         gc.collect()
         if self.device.type == "cuda":

@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     say = lambda line: print(line, flush=True)  # noqa: E731
     if options.starts:
-        return _starts(asked, say, options.out)
+        _starts(asked, say, options.out)
+        return
     save = (lambda result: report.write(options.out, result)) if options.out else (lambda result: None)
     with tempfile.TemporaryDirectory(prefix="jax_diffusion_bench_") as folder:
         bench = run.Bench(asked, pathlib.Path(folder), say, save)

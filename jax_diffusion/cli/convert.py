@@ -96,7 +96,7 @@ def _export(options: argparse.Namespace) -> None:
         label = model.network.num_classes
     elif options.label is not None:
         labels = parse_labels(options.label, model.class_names)
-        if len(labels) != 1:
+        if labels is None or len(labels) != 1:
             raise UserError(f"--label={options.label}: one class is drawn; name one")
         label = labels[0]
     folder = interop.save_diffusers(model, options.out, label=label)

@@ -142,8 +142,8 @@ def description(config, source, split: str, found):
         yield f"corrupt: none{met}"
     if found.labels is not None:
         counts = np.bincount(found.labels, minlength=source.num_classes)
-        names = source.class_names or tuple(map(str, range(len(counts))))
-        listed = [f"{name} {count:,}" for name, count in zip(names, counts, strict=False)]
+        classes = source.class_names or tuple(map(str, range(len(counts))))
+        listed = [f"{name} {count:,}" for name, count in zip(classes, counts, strict=False)]
         more = f", ... ({len(counts):,} classes)" if len(listed) > CLASSES else ""
         yield f"classes ({of}): {', '.join(listed[:CLASSES])}{more}; least {counts.min():,}, most {counts.max():,}"
     yield f"channels ({of}; uint8 as the network sees it, 0..255 -> -1..1):"
@@ -169,8 +169,8 @@ def measured(options: argparse.Namespace, config, source):
         return
     wait = f", waiting for input {used['input_wait']:.2%} of the time" if "input_wait" in used else ""
     times = rates["devices"].second / used["images_per_s"]
-    rate = f"{used['images_per_s']:,.0f} img/s{wait}"
-    yield f"training in {options.workdir}: {rate}; the pipeline makes {times:.1f} times that"
+    said = f"{used['images_per_s']:,.0f} img/s{wait}"
+    yield f"training in {options.workdir}: {said}; the pipeline makes {times:.1f} times that"
 
 
 def consumed(workdir: pathlib.Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ error), draws from p(x | noisy).
 """
 
 import argparse
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     schedule = job.model.process.schedule
     t = editing.noise_time(schedule, options.sigma)
     table = sample.make_table(job.model, options, lambda grid: editing.below(grid, t))
-    once = solvers.make("ddim", schedule, 1, solvers.grids.from_times(schedule, [t]))
+    once: Any = solvers.make("ddim", schedule, 1, solvers.grids.from_times(schedule, np.asarray([t])))
     clean, noisy = None, job.images
     if job.held_out or options.add_noise:
         clean, noise = job.images, np.random.default_rng(options.seed).standard_normal(job.images.shape)

@@ -67,12 +67,12 @@ def _accuracy(sources, samples, asked) -> tuple[str, dict]:
     from jax_diffusion.evals.judge import MAX_HELD_OUT, MAX_TRAIN, judge
 
     real, held_out = sources["train"], sources["eval"]
-    print(f"fitting the judge on up to {MAX_TRAIN:,} of {len(real):,} real images", file=sys.stderr)
+    print(f"fitting the judge on {min(MAX_TRAIN, len(real)):,} of {len(real):,} real images", file=sys.stderr)
     real = real.batch(_rows(len(real), MAX_TRAIN))
     held_out = held_out.batch(_rows(len(held_out), MAX_HELD_OUT))
     v = judge(_floats(real["image"]), real["label"], _floats(held_out["image"]), held_out["label"], _floats(samples),
               asked)  # fmt: skip
-    worst = min(v.per_class, key=v.per_class.get)
+    worst = min(v.per_class, key=lambda c: v.per_class[c])
     line = (
         f"accuracy: {v.agreement:.1%} of {len(samples):,} samples are in the class asked for (worst: class {worst}, "
         f"{v.per_class[worst]:.1%}); the judge, trained on {v.train_images:,} real images, is right on "
@@ -245,7 +245,7 @@ def _of_samples(metrics, model, sources, options, cache) -> dict:
         results["cache"] = dataclasses.asdict(cache)
     for metric in metrics:
         if metric == "accuracy":
-            line, results[metric] = _accuracy(sources, samples, np.resize(labels, options.num))
+            line, results[metric] = _accuracy(sources, samples, np.resize(labels, options.num))  # type: ignore[arg-type]  # a class model has labels
         elif metric == "psnr":
             line, results[metric] = _psnr(model, images, samples)
         else:

@@ -84,10 +84,11 @@ def sampling(options: argparse.Namespace, model: Any, labels: Any, scale: Any = 
 def _weak_model(place: str, ema: bool):
     from jax_diffusion import model as models
 
-    workdir, colon, step = place.rpartition(":")
-    if not colon or not step.isdigit():
-        workdir, step = place, None
+    workdir, colon, said = place.rpartition(":")
+    step = int(said) if colon and said.isdigit() else None
+    if step is None:
+        workdir = place
     try:
-        return models.load(workdir, step=None if step is None else int(step), ema=ema)
+        return models.load(workdir, step=step, ema=ema)
     except UserError as e:
         raise UserError(f"--autoguide={place}: {e}") from None

@@ -86,7 +86,8 @@ def read_images(text: str, shapes: tuple[tuple[int, ...], ...], fit: bool) -> np
     """
     from jax_diffusion.data import to_float
 
-    sizes, images = {s[:2]: s for s in shapes}, []
+    sizes = {s[:2]: s for s in shapes}
+    images: list[np.ndarray] = []
     for path in _files(text):
         size = shapes[0][:2] if fit else ()
         image = read_picture("--images", path, shapes[0][2], size)
@@ -120,9 +121,9 @@ def load(options: argparse.Namespace, condition: str | None = None) -> Job:
         sample.check_picture("--out", options.out)
     model = models.load(options.workdir, step=options.checkpoint, ema=options.ema, ema_std=options.ema_std)
     _check_kind(options, model, condition)
-    labels = None
+    labels: Any = None
     if options.images is not None:
-        observed = (model.condition.observed,) if condition == "low_resolution" else ()
+        observed = (model.condition.observed,) if model.condition and condition == "low_resolution" else ()
         images = read_images(options.images, (model.shape, *observed), options.fit)
     else:
         source = data.load(model.config.data, "eval")
@@ -146,10 +147,10 @@ def no_table(options: argparse.Namespace) -> None:
 def _check_kind(options: argparse.Namespace, model, condition: str | None) -> None:
     if len(model.shape) != 3:
         raise UserError(f"--workdir={options.workdir} is a model of points: `{options.command}` edits images")
-    has = model.condition.name if model.condition else None
+    has: Any = model.condition.name if model.condition else None
     if has == condition:
         return
-    if has is None:
+    if has is None and condition is not None:
         recipe = TRAINS[condition]
         raise UserError(
             f"--workdir={options.workdir} is a model without an image condition, and `{options.command}` needs one of "

@@ -12,6 +12,7 @@ replacement alone: cheaper, and worse. The rows of the picture: images, what is 
 
 import argparse
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def to_fill(mask: str, height: int, width: int, seed: int) -> np.ndarray:
     fill = np.zeros((height, width), bool)
     if mask == "random":
         return np.random.default_rng(seed).random((height, width)) < RANDOM_SHARE
-    halves = {
+    halves: dict[str, Any] = {
         "left": np.s_[:, : width // 2],
         "right": np.s_[:, width // 2 :],
         "top": np.s_[: height // 2],

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from jax_diffusion import model as models
     from jax_diffusion import solvers
     from jax_diffusion.solvers import compare, noise
-    from jax_diffusion.solvers.learned import check_deterministic, endpoints, optimize
+    from jax_diffusion.solvers.learned import deterministic, endpoints, optimize
 
     for name in ("num", "batch_size", "iterations", "reference_steps", "memory"):
         value = getattr(options, name)
@@ -59,20 +59,18 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--workdir={options.workdir} is conditioned on an image: use solvers.optimize from Python")
     labels = sample.parse_labels(options.labels, model.class_names)
     guidance = guiding.sampling(options, model, labels)
-    table = sample.make_table(model, options)
-    check_deterministic(table)
+    table = deterministic(sample.make_table(model, options))
     if options.memory is not None and options.memory < table.used_memory:
         raise UserError(f"--memory={options.memory}: {table.name} uses {table.used_memory} predictions already")
     schedule, n, total = model.process.schedule, options.num, 2 * options.num
     # The second half is held out.
-    keys = noise.sample_keys(jax.random.key(options.seed), np.arange(total))
+    keys = noise.sample_keys(jax.random.key(options.seed), jax.numpy.arange(total))
     x = np.asarray(noise.normal(keys, 0, model.shape))
     per_sample = {"labels": None if labels is None else np.resize(labels, total), **guidance}
     given = model.denoiser(total, **per_sample)
     denoiser, params, cond = (given[k] for k in ("denoiser", "params", "cond"))
 
-    reference = solvers.make(options.reference, schedule, options.reference_steps)
-    check_deterministic(reference)
+    reference = deterministic(solvers.make(options.reference, schedule, options.reference_steps))
 
     def ends(table, rows, what=None):
         some = jax.tree.map(lambda a: a[rows], cond)

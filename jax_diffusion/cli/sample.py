@@ -16,6 +16,7 @@ Image i of a seed is the same whatever --num, --batch_size or the number of devi
 import argparse
 import pathlib
 import time
+from typing import Any
 
 import numpy as np
 
@@ -92,9 +93,9 @@ def parse_labels(text: str | None, class_names: tuple[str, ...]) -> list[int] | 
     return labels
 
 
-def parse_options(pairs: list[str]) -> dict[str, float | str]:
+def parse_options(pairs: list[str]) -> dict[str, Any]:
     """["eta=0.5"] -> {"eta": 0.5}."""
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -102,7 +103,8 @@ def parse_options(pairs: list[str]) -> dict[str, float | str]:
         try:
             options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
-            options[name] = {"true": True, "false": False}.get(value.lower(), value)
+            words: dict[str, Any] = {"true": True, "false": False}
+            options[name] = words.get(value.lower(), value)
     return options
 
 
@@ -207,7 +209,7 @@ def _sample(options: argparse.Namespace, cache) -> None:
         trajectory=options.trajectory is not None,
         progress=progress_line("sampling", num),
     )
-    samples, film = out if options.trajectory else (out, None)
+    samples, film = out if options.trajectory else (out, ())
     seconds = time.perf_counter() - started
     if jax.process_index() != 0:
         return

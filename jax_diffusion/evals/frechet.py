@@ -1,6 +1,7 @@
 """The Fréchet distance between two sets of vectors, as Gaussians (Dowson & Landau 1982; FID: Heusel et al. 2017)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,10 @@ def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def moments_of_batches(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The same of vectors that come in batches [B, ...], of which one at a time is held."""
-    n, shift, total, outer = 0, 0.0, 0.0, 0.0
+    n = 0
+    shift: Any = 0.0
+    total: Any = 0.0
+    outer: Any = 0.0
     for batch in batches:
         x = np.asarray(batch, np.float64).reshape(len(batch), -1)
         if n == 0:

@@ -69,17 +69,17 @@ def vlb(model: Model, source: Source, num: int, steps: int | None = None, **opti
     """
     if not _is_8_bit(source):
         raise UserError("--metrics=vlb needs 8-bit images; for points and float data use --metrics=bpd")
-    schedule = model.process.schedule
+    schedule: Any = model.process.schedule
     variance = "learned" if model.process.learn_variance else "fixed_large"
 
     def of(denoise, _, key, indices, x0):
         if model.config.sampling.clip:
             denoise = guidance.clip(denoise)
         if schedule.steps:
-            out = bound.variational_bound(
+            by_step = bound.variational_bound(
                 key, denoise, schedule, x0, variance=variance, steps=steps, indices=indices
             )  # fmt: skip
-            return out.total, jnp.full(x0.shape[:1], out.terms.shape[0])
+            return by_step.total, jnp.full(x0.shape[:1], by_step.terms.shape[0])
         times = steps or CONTINUOUS_TIMES
         out = bound.continuous_bound(key, denoise, schedule, x0, times=times, indices=indices)
         return out.total, jnp.full(x0.shape[:1], times)

@@ -55,7 +55,8 @@ def request(
     scale = np.atleast_1d(np.asarray(settings.scale, np.float32))
     if scale.ndim != 1 or not 1 <= len(scale) <= num:
         raise UserError(f"guidance: {scale.shape} scales for {num} samples; give one, or at most one per sample")
-    samples, shared = {"cond": cond}, {}
+    samples: dict[str, Any] = {"cond": cond}
+    shared: dict[str, Any] = {}
     if threshold is not None:
         if not 0 < threshold <= 100:
             raise UserError(f"threshold={threshold:g} is a percentile: above 0 and at most 100, for instance 99.5")
@@ -87,8 +88,8 @@ def _float32(settings: Settings) -> Settings:
     if settings.apg is not None and settings.apg[1] <= 0:
         raise UserError(f"apg radius {settings.apg[1]:g} must be above 0, inf for none")
     return Settings(
-        None,
-        *(None if v is None else tuple(map(np.float32, v)) if isinstance(v, tuple | list) else np.float32(v)
+        None,  # type: ignore[arg-type]  # the scale, which each sample has its own of
+        *(None if v is None else tuple(map(np.float32, v)) if isinstance(v, tuple | list) else np.float32(v)  # type: ignore[arg-type]
           for v in settings[1:]),
     )  # fmt: skip
 

@@ -99,12 +99,14 @@ def _guided(pair, alone, settings: Settings | Number, parameterization: Paramete
         good, weak = pair(x, t)
         return Denoised(_mix(good.x0, weak, x, t, settings, parameterization), good.v, state=good.state)
 
-    if settings.interval is None:
+    interval = settings.interval
+    if interval is None or parameterization is None:
         return everywhere
+    schedule = parameterization.schedule
 
     def limited(x, t):
-        lo, hi = (jnp.log(jnp.asarray(bound, jnp.float32)) for bound in settings.interval)
-        level = -parameterization.schedule.log_snr(jnp.asarray(t, jnp.float32)) / 2  # log(sigma / alpha)
+        lo, hi = (jnp.log(jnp.asarray(bound, jnp.float32)) for bound in interval)
+        level = -schedule.log_snr(jnp.asarray(t, jnp.float32)) / 2  # log(sigma / alpha)
         inside = (lo <= level) & (level <= hi)
         if jnp.ndim(t) == 0:
             # One number for the whole batch: a real branch, with half the cost outside.

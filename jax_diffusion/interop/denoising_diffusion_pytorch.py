@@ -124,10 +124,11 @@ def _schedule(diffusion: Tensors, name: str | None, timesteps: int) -> tuple[con
         if np.allclose(made.betas, betas, rtol=2e-6 if name != "sigmoid" else 1e-3, atol=0):
             return config, made
     config = configs.named("betas", values=tuple(map(float, betas)))
-    return config, schedules.make("betas", values=config["values"])
+    explicit: Any = schedules.make("betas", values=config["values"])
+    return config, explicit
 
 
-def _named(name: str, steps: int) -> tuple[configs.ConfigDict, schedules.Discrete]:
+def _named(name: str, steps: int) -> tuple[configs.ConfigDict, Any]:
     # Its linear betas are DDPM's for 1,000 steps, and scaled for other numbers.
     ends = {"start": 0.1 / steps, "end": 20 / steps} if name == "linear" else {}
     ours = {"sigmoid": "sigmoid_alpha_bar"}.get(name, name)
@@ -235,4 +236,5 @@ def _buffers(schedule: schedules.Discrete, objective: str, weighting: Mapping[st
 
 
 def _buffer_names() -> frozenset[str]:
-    return frozenset(_buffers(schedules.make("linear", steps=2), "pred_noise", {"name": "simple"}))
+    linear: Any = schedules.make("linear", steps=2)  # Discrete, as all that are made here
+    return frozenset(_buffers(linear, "pred_noise", {"name": "simple"}))

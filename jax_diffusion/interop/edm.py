@@ -102,8 +102,8 @@ def describe(tensors: Tensors, prefix: str = "model.") -> Architecture:
             raise UserError(f"{tensors.path}: {what} of {a} channels is no multiple of the {b} that the others are of")
         return a // b
 
-    found = [re.match(r"enc\.(\d+)x\1_(\w+?)(\d*)\.", name) for name in shapes]
-    found = [(int(m[1]), m[2], m[3]) for m in found if m]
+    matches = [re.match(r"enc\.(\d+)x\1_(\w+?)(\d*)\.", name) for name in shapes]
+    found = [(int(m[1]), m[2], m[3]) for m in matches if m]
     sizes = sorted({size for size, _, _ in found}, reverse=True)
     if sizes != [sizes[0] >> level for level in range(len(sizes))]:
         raise UserError(f"{tensors.path}: the resolutions {sizes} of the encoder are not halves of each other")

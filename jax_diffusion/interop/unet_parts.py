@@ -13,7 +13,7 @@ class Part(NamedTuple):
     ours: str  # of its parameters: "down/3"
     way: str  # "down", "shrink" (a change of size), "middle", "up", "grow" (a change of size)
     level: int  # 0 is full resolution
-    index: int  # of the residual block in its level
+    index: int  # type: ignore[assignment]  # of the residual block in its level
     cin: int
     cout: int
     attends: bool = False

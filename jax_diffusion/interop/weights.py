@@ -60,7 +60,7 @@ def repeated(layout: Layout, copies: int) -> Layout:
             raise UserError("whose copies differ from block to block, where this network has one for all")
         return layout.to_ours(arrays[:1])
 
-    return Layout(to_ours, lambda array: layout.to_theirs(array) * copies)
+    return Layout(to_ours, lambda array: tuple(layout.to_theirs(array)) * copies)
 
 
 def patches(patch: int) -> Layout:
@@ -106,7 +106,7 @@ def norm(ours: str, theirs: str) -> list[Entry]:
 
 def flat(params: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dict -> {"down/0/block/conv1/kernel": leaf}."""
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for key, value in params.items():
         out |= flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return out

@@ -1,5 +1,6 @@
 """Networks. Nothing outside this package imports Flax; outside it a network is (init, apply)."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jax_diffusion.errors import check_options, choose
@@ -28,7 +29,7 @@ __all__ = [
     "with_uncertainty",
 ]
 
-MODELS = {
+MODELS: dict[str, Callable[..., Network]] = {
     "unet": unet,
     "dit": dit,
     "uvit": uvit,

@@ -110,11 +110,11 @@ class DiT(nnx.Module):
         if (first, end) == (0, self.depth):
             return transformer.scan(body, self.stack, h, remat=self.remat, unroll=self.unroll)[0]
         graph, state = nnx.split(self.stack)
-        state = nnx.to_pure_dict(state)
+        pure = nnx.to_pure_dict(state)
 
         # Taken one by one: a slice of the stack would be copied at every evaluation.
         def step(h, i):
-            params = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), state)
+            params = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), pure)
             return body(nnx.merge(graph, params), h, None)
 
         return jax.lax.scan(step, h, jnp.arange(first, end))[0]

@@ -57,14 +57,15 @@ class Encoder(nnx.Module):
         self.middle = nnx.List([make.stage(width, width, True), make.stage(width, width, False)])
         features = sum(counts) + width
         spatial = pool.startswith("spatial")
-        self.hidden = layers.dense(features, HIDDEN, **kw) if spatial else None
-        groups = {"groups": make.norm_groups, "eps": make.norm_eps}
+        # Which of these there are and are used, `pool` decides.
+        self.hidden: Any = layers.dense(features, HIDDEN, **kw) if spatial else None
+        groups: dict[str, Any] = {"groups": make.norm_groups, "eps": make.norm_eps}
         normed = {"spatial": 0, "spatial_v2": HIDDEN}.get(pool, width)
-        self.norm = layers.group_norm(normed, **groups) if normed else None
+        self.norm: Any = layers.group_norm(normed, **groups) if normed else None
         if pool == "attention":
             stride = 2 ** (len(widths) - 1)
             positions = (shape[0] // stride) * (shape[1] // stride)
-            self.out = AttentionPool(positions, width, pool_heads, num_classes, dtype=make.dtype, **kw)
+            self.out: Any = AttentionPool(positions, width, pool_heads, num_classes, dtype=make.dtype, **kw)
         else:
             zero = pool == "adaptive"
             self.out = layers.dense(HIDDEN if spatial else width, num_classes, zero=zero, **kw)

@@ -163,7 +163,7 @@ def conv_of_upsampled(conv: nnx.Conv, x: jax.Array) -> jax.Array:
         return y.reshape(b, 2 * h, 2 * w, -1)
 
     dtype = conv.dtype or jnp.result_type(x, conv.kernel[...])
-    x, kernel, bias = x.astype(dtype), conv.kernel[...].astype(dtype), conv.bias[...].astype(dtype)
+    x, kernel, bias = x.astype(dtype), conv.kernel[...].astype(dtype), conv.bias[...].astype(dtype)  # type: ignore[index]
     return jax.lax.platform_dependent(x, kernel, bias, cpu=by_parity, default=plainly)
 
 

@@ -142,7 +142,7 @@ class Resample(nnx.Module):
     def __init__(self, cin: int, cout: int, kind: str, *, dtype, rngs: nnx.Rngs):
         kw = {"dtype": dtype, "rngs": rngs}
         if kind == "fold":
-            self.conv = layers.dense(4 * cin, cout, **kw)
+            self.conv: nnx.Linear | nnx.Conv = layers.dense(4 * cin, cout, **kw)
         elif kind == "stride":
             self.conv = layers.conv(cin, cout, 4, stride=2, padding=(1, 1), **kw)
         else:

@@ -82,10 +82,10 @@ def from_module(
     depths: above 0, the module also takes `depth` and `inner`: it calls inner(f, h) once for its inner layers f, all
         but `depth` at either end, and goes on from what that returns: f(h), or an earlier f(h).
     """
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make(_Keys(jax.random.key(0)))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(_Keys(jax.random.key(0)))))  # type: ignore[arg-type]  # all of Rngs that modules use
 
     def init(key):
-        params = _string_keys(nnx.to_pure_dict(nnx.state(make(_Keys(key)), nnx.Param)))
+        params = _string_keys(nnx.to_pure_dict(nnx.state(make(_Keys(key)), nnx.Param)))  # type: ignore[arg-type]
         return params if project is None else project(params)
 
     def apply(params, x, c_noise, cond=None, key=None):

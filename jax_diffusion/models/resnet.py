@@ -13,7 +13,7 @@ from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.norm import activate
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "mish": jax.nn.mish,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -160,9 +160,10 @@ class Blocks:
         widths: Sequence[int],  # channels of each level
         blocks: int,
         attention_levels: Sequence[int],
-    ) -> tuple[list[nnx.Module], list[int]]:
+    ) -> tuple[list[Any], list[int]]:
         """The way down, and the channels after the stem and after each of its modules."""
-        modules, channels = [], [stem]
+        modules: list[Any] = []  # Stages and Resamples
+        channels = [stem]
         for level, width in enumerate(widths):
             for _ in range(blocks):
                 modules.append(self.stage(channels[-1], width, level in attention_levels))

@@ -12,6 +12,7 @@ Sizes in names: B batch, H W height and width, C channels, E embedding.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,14 @@ class Block(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        kw = {"dtype": dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.norm1 = layers.group_norm(cin, groups=first_groups, eps=1e-6)
         self.conv1 = layers.conv(cin, cout, **kw)
         self.embed = layers.dense(embedding, cout, **kw)
         self.norm2 = layers.group_norm(cout, eps=1e-6)
         self.conv2 = layers.conv(cout, cout, zero=True, **kw)
         self.shortcut = layers.conv(cin, cout, 1, **kw) if resample or cin != cout else None
-        norm = {"groups": attention_groups, "eps": 1e-6}
+        norm: dict[str, Any] = {"groups": attention_groups, "eps": 1e-6}
         self.attention = layers.Attention(cout, heads, scale=1 / ROOT_HALF, **norm, **kw) if heads else None
         self.resample, self.taps, self.dropout = resample, tuple(taps), dropout
 
@@ -192,6 +193,7 @@ class SongUNet(nnx.Module):
                 j = i if self.decoder == "skip" else 0
                 image = self.heads[j](jax.nn.silu(self.norms[j](h))).astype(jnp.float32)
                 out = image if out is None else filters.upsample(out, self.taps) + image
+        assert out is not None
         return out / c_noise[:, None, None, None] if self.score else out
 
 

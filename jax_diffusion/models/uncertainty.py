@@ -34,7 +34,7 @@ def with_uncertainty(network: Network, channels: int) -> Network:
 
     channels: Fourier features of the noise level; EDM2 has 128.
     """
-    head = from_module(lambda rngs: LogVariance(channels, rngs=rngs), project=magnitude.project)
+    head: Any = from_module(lambda rngs: LogVariance(channels, rngs=rngs), project=magnitude.project)
 
     def without(params: Any) -> Any:
         return {k: v for k, v in params.items() if k != NAME}
@@ -47,6 +47,7 @@ def with_uncertainty(network: Network, channels: int) -> Network:
         return (rest if network.project is None else network.project(rest)) | {NAME: head.project(params[NAME])}
 
     def cached(params, *args, **kwargs):
+        assert network.cached is not None
         return network.cached(without(params), *args, **kwargs)
 
     return network._replace(

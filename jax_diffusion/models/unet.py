@@ -9,6 +9,7 @@ Sizes in names: B batch, H W height and width, C channels, E embedding.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ class UNet(nnx.Module):
                  attention_levels, middle, middle_norm_groups, middle_scale, time_embedding, time_scale,
                  frequency_shift, sine_first, center_input, num_classes, null_label, patch, remat,
                  constrain):  # fmt: skip
-        kw, emb = {"rngs": make.rngs}, make.embedding
+        kw: dict[str, Any] = {"rngs": make.rngs}
+        emb = make.embedding
         features = 2 * channels if time_embedding == "log_fourier" else channels
         sinusoidal = time_embedding == "sinusoidal"
         self.fourier = None if sinusoidal else layers.FourierEmbedding(features, sine_first=sine_first, **kw)
@@ -87,7 +89,7 @@ class UNet(nnx.Module):
         inner: Callable = run_inner,
     ) -> jax.Array:
         emb = self.constrain(self.embedding(c_noise, cond))
-        calls = sum(map(len, (self.down, self.middle, self.up, self.grow)))
+        calls = sum(len(part) for part in (self.down, self.middle, self.up, self.grow))
         run = layers.in_turn(emb, key, calls, remat=self.remat, constrain=self.constrain)
         x = layers.with_image(x, cond)
         if self.center_input:
@@ -112,7 +114,7 @@ class UNet(nnx.Module):
 
         def deep(h):
             """What enters the outer part of the way up (DeepCache: Ma et al. 2024, section 3.2)."""
-            skips = []
+            skips: list[jax.Array] = []
             h = descend(down[depth - 1 :], h, skips)
             for module in self.middle:
                 h = run(module, h)

@@ -47,6 +47,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, skip: jax.Array | None = None, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
         if self.skip is not None:
+            assert skip is not None
             x = self.skip(jnp.concatenate([x, skip], axis=-1))
         x = x + self.attention(self.norm1(x), constrain)
         return x + self.mlp(self.norm2(x), constrain)
@@ -92,6 +93,7 @@ class UViT(nnx.Module):
         """Label, time and patches with their positions, [B, T, D]."""
         time = layers.sinusoidal_embedding(self.time_scale * c_noise + self.time_offset, self.width)
         if self.time1 is not None:
+            assert self.time2 is not None
             time = self.time2(jax.nn.silu(self.time1(time)))
         parts = [time[:, None], self.patch_embed(transformer.patchify(x, self.patch))]
         if self.label is not None:

@@ -15,7 +15,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 class Collective(NamedTuple):
     """All of one kind."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants of it
     bytes: float  # of the whole arrays: a gather's result, a reduce-scatter's operand
     sent: float  # by one device, by rings: (n-1)/n of the bytes, twice that for an all-reduce
 
@@ -65,7 +65,7 @@ def collectives(text: str) -> dict[str, Collective]:
             before = seen.get(key, (kind, 0, 0.0, 0.0))
             seen[key] = max(before, (kind, times, times * size, times * _sent(kind, size, n)), key=lambda v: v[2])
     out: dict[str, Collective] = {}
-    for kind, times, size, sent in seen.values():
+    for kind, times, moved, sent in seen.values():
         old = out.get(kind, Collective(0, 0.0, 0.0))
-        out[kind] = Collective(old.count + times, old.bytes + size, old.sent + sent)
+        out[kind] = Collective(old.count + times, old.bytes + moved, old.sent + sent)
     return dict(sorted(out.items()))

@@ -62,7 +62,7 @@ def _limit(text: str, peak: float, bandwidth: float, links: float) -> str:
     for w in work.instructions(text):
         compute, memory = w.flops / peak, w.bytes / bandwidth
         bound["compute" if compute >= memory else "memory"] += max(compute, memory)
-    return "collectives" if links > sum(bound.values()) else max(bound, key=bound.get)
+    return "collectives" if links > sum(bound.values()) else max(bound, key=lambda name: bound[name])
 
 
 def estimate(

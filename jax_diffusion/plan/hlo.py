@@ -89,8 +89,8 @@ def _closing(text: str, start: int) -> int:
 def _instruction(line: str) -> Instruction | None:
     head = _INSTRUCTION.match(line)
     # The type of a result has parentheses too, but no word right before one.
-    opcode = head and _OPCODE.search(line, head.end() - 1)
-    if not opcode:
+    opcode = _OPCODE.search(line, head.end() - 1) if head else None
+    if head is None or opcode is None:
         return None
     end = _closing(line, opcode.end() - 1)
     inside = line[opcode.end() : end]
@@ -116,7 +116,8 @@ class Module(NamedTuple):
 @functools.lru_cache(maxsize=2)
 def parse(text: str) -> Module:
     """The module of a compiled program's text, `compiled.as_text()`."""
-    computations, entry, current = {}, "", None
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
     for line in text.splitlines():
         if current is None:
             head = _HEADER.match(line) if line and not line.startswith((" ", "HloModule")) else None
@@ -153,7 +154,7 @@ def _trips(module: Module, computation: str, loop: Instruction) -> int:
     known = re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    condition = loop.attribute("condition")
+    condition = loop.attribute("condition") or ""
     initial = module.computations[computation].get(loop.operands[0]) if loop.operands else None
 
     def value(where: str, name: str, given: tuple[str, ...]) -> int | None:
@@ -166,7 +167,7 @@ def _trips(module: Module, computation: str, loop: Instruction) -> int:
         if i.opcode in ("copy", "convert", "bitcast"):
             return value(where, i.operands[0], given)
         if i.opcode == "get-tuple-element" and initial is not None and initial.opcode == "tuple":
-            index = int(re.search(r"index=(\d+)", i.attributes)[1])
+            (index,) = map(int, re.findall(r"index=(\d+)", i.attributes)[:1])
             return _constant(module, computation, initial.operands[index])
         return _constant(module, where, name)
 
@@ -174,8 +175,9 @@ def _trips(module: Module, computation: str, loop: Instruction) -> int:
         for i in module.computations[where].values():
             if i.opcode == "compare" and i.attribute("direction") in ("LT", "LE", "GT", "GE", "NE"):
                 ends = [value(where, name, given) for name in i.operands[:2]]
-                if None not in ends:
-                    return abs(ends[1] - ends[0]) + (i.attribute("direction") in ("LE", "GE"))
+                known = [e for e in ends if e is not None]
+                if len(known) == 2:
+                    return abs(known[1] - known[0]) + (i.attribute("direction") in ("LE", "GE"))
                 # Where one is known it is the bound, unless it is the 0 that loops start from.
                 return next((e for e in ends if e), None)
             if i.opcode == "fusion":
@@ -205,8 +207,8 @@ def executions(text: str, fused: bool = True) -> dict[str, int]:
         for i in module.computations[name].values():
             if i.opcode == "while":
                 trips = _trips(module, name, i)
-                stack.append((i.attribute("body"), n * trips))
-                stack.append((i.attribute("condition"), n * (trips + 1)))
+                stack.append((i.attribute("body") or "", n * trips))
+                stack.append((i.attribute("condition") or "", n * (trips + 1)))
             elif i.opcode in ("call", "conditional", "async-start") or (fused and i.opcode == "fusion"):
                 stack += [(called, n) for called in i.called()]
     return times

@@ -91,6 +91,7 @@ def events(request: Request) -> Iterator[dict]:
         )  # fmt: skip
         watch = Watch()
         try:
+            assert process.stdin is not None and process.stdout is not None
             process.stdin.write(json.dumps(dataclasses.asdict(request)) + "\n")
             process.stdin.flush()
             yield from _events(process, watch)
@@ -101,7 +102,7 @@ def events(request: Request) -> Iterator[dict]:
             if process.poll() is None:
                 process.kill()
             process.wait()
-            for pipe in (process.stdin, process.stdout):
+            for pipe in filter(None, (process.stdin, process.stdout)):
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         if process.returncode:
@@ -119,6 +120,7 @@ def _events(process: subprocess.Popen, watch: Watch) -> Iterator[dict]:
     lines: queue.Queue = queue.Queue()
 
     def read():
+        assert process.stdout is not None
         for line in process.stdout:
             lines.put(line)
         lines.put(None)

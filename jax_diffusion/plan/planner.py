@@ -86,6 +86,7 @@ class Planner:
             return programs.compile(traced, self.topology, self.cache).bytes
 
         unit = sharding.batch_shards(self.mesh(sizes)) * self.config.train.accumulate
+        assert self.chip is not None
         return search.largest(needed, self.chip.memory, unit, start)
 
     def meshes(self) -> list[dict[str, int]]:

@@ -75,7 +75,8 @@ def sampler(config: configs.ConfigDict, shape: tuple[int, ...], classes: int, me
         jax.eval_shape(parts.network.init, jax.random.key(0)),
     )
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
-    return shard_bytes(params), made.generate.trace(
+    generate: Any = made.generate
+    return shard_bytes(params), generate.trace(
         params, key, placed(made.default_table(), whole), placed(np.zeros(batch, np.int32), split),
         placed(samples, split), placed(shared, whole), {},
         shape=made.shape, clip=s.clip, trajectory=False, weak=None,
@@ -145,7 +146,7 @@ def compile(traced: Any, target: str, cache: pathlib.Path | None = None) -> Comp
     if path and path.exists():
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
     made = _compile(lowered, target, options)
-    if path:
+    if cache and path:
         cache.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{time.time_ns()}")
         draft.write_bytes(gzip.compress(json.dumps(made._asdict()).encode(), 6))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax_diffusion import hardware
 from jax_diffusion.errors import UserError, choose
@@ -22,7 +22,7 @@ class Topology(NamedTuple):
     sizes: tuple[int, ...]  # (4, 4)
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]  # hides tuple.count, which nobody wants of it
         """Devices, one a chip."""
         count = 1
         for n in self.sizes:
@@ -37,11 +37,11 @@ class Topology(NamedTuple):
 
 def parse(name: str) -> Topology:
     """ "v5e:4x4" -> Topology. Raises UserError for what there is not."""
-    kind, _, sizes = name.partition(":")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+    kind, _, said = name.partition(":")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", said):
         raise UserError(f"--topology={name}: give the kind of chip and how many, for instance {EXAMPLES}")
     choose("--topology", kind, (*TPUS, *GPUS, "cpu"))
-    sizes = tuple(map(int, sizes.split("x")))
+    sizes = tuple(map(int, said.split("x")))
     axes = TPUS[kind][0] if kind in TPUS else 1
     if len(sizes) != axes:
         like = {1: "8", 2: "4x4", 3: "2x2x1"}[axes]
@@ -96,7 +96,7 @@ def _tpu_devices(topology: Topology) -> list:
         raise UserError(
             f"--topology={topology.name}: TPU's compiler is not installed: pip install 'jax[tpu]' (no TPU is needed)"
         ) from None
-    options = {"chip_config_name": "megacore"} if TPUS[topology.kind][1] else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if TPUS[topology.kind][1] else {}
     if topology.count == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:

@@ -103,8 +103,8 @@ def _flops(module: Module, where: str, i: Instruction) -> float:
     operands = [body[o].result[0] for o in i.operands if o in body and body[o].result]
     if i.opcode == "convolution":
         return _convolution(i, *operands[:2])
-    target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
-    target = target[1] if target else ""
+    said = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+    target = said[1] if said else ""
     if "$conv" in target:
         return _cudnn_convolution(i, operands, target)
     if "fmha" in target:
@@ -153,7 +153,7 @@ def _fusion_bytes(module: Module, body: dict[str, Instruction], i: Instruction) 
 
     def read(name: str) -> tuple[float, bool]:
         """The share of a value that is read, in elements, and whether that is all of it."""
-        total = 0
+        total = 0.0
         for user in users.get(name, []):
             if user is root and root.opcode == "tuple":
                 continue  # passed on

@@ -66,7 +66,7 @@ def metrics(run: Run) -> str:
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"steps": 5}} -> {"train.steps": 5}."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in node.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return out
@@ -93,7 +93,7 @@ def config(runs: Sequence[Run]) -> str:
     if not known:
         return ""
     name, base = recipe(known[0])
-    base, own = flat(base.to_dict()), [flat(r.config.to_dict()) for r in known]
+    base, own = flat(base.to_dict()), [flat(r.config.to_dict()) for r in known if r.config is not None]
     fields = sorted(set(base).union(*own))
     missing = "(unset)"
 

@@ -20,7 +20,7 @@ NumPy in, float64 NumPy out (solver tables); JAX in, float32 JAX out (training).
 is conditioned on: integers 0..T-1 for discrete models, [0, 1] for continuous ones, sigma itself for EDM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -78,7 +78,7 @@ def _explicit(values: Sequence[float] = ()) -> Discrete:
         raise UserError("schedule.values should be a list of numbers, the beta of each step") from None
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
     **{name: _discrete(name) for name in BETAS},
     "sigmoid_alpha_bar": _sigmoid_alpha_bar,
     "betas": _explicit,

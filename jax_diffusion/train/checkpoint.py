@@ -161,6 +161,7 @@ class Checkpointer:
         """
         self.wait()
         step = self.latest() if step is None else step
+        assert step is not None, f"{self.folder} holds no checkpoint"
         if step not in self._whole and (why := stored.problem(self.folder, step)):
             raise stored.Damaged(step, why)
         leaves = stored.read_meta(self.folder, step).get("leaves", {}).get("rest", ())

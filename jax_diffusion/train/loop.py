@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -114,9 +114,9 @@ def _peak(s: setup.Setup, measure: bool, log) -> float | None:
     """FLOP/s that all devices can do at most, which the MFU is a share of; None where neither known nor measured."""
     devices, dtype = s.mesh.devices.size, s.config.model.get("dtype", "float32")
     if measure:
-        peak = flops.measured_peak(dtype) * devices
-        log(f"measured: matmuls of {dtype} at {count(peak, 'FLOP/s')} on {devices} device(s), of which MFU is a share")
-        return peak
+        here = flops.measured_peak(dtype) * devices
+        log(f"measured: matmuls of {dtype} at {count(here, 'FLOP/s')} on {devices} device(s), of which MFU is a share")
+        return here
     kind = s.mesh.devices.flat[0].device_kind
     peak = flops.peak(kind, dtype, jax.config.jax_default_matmul_precision)
     return None if peak is None else peak * devices
@@ -165,7 +165,7 @@ def train(
         if now < end:
             environment.record(workdir, s.mesh, now)
             compiled = _compiler(s, log)
-            validate = Validator(s, shardings) if t.eval_every and s.held_out is not None else None
+            validate: Any = Validator(s, shardings) if t.eval_every and s.held_out is not None else None
             draw = Artist(s, writer)
             feed = _feed(s, end, log)
             batches = opened.enter_context(feed(now, shift))

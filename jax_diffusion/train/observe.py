@@ -1,5 +1,7 @@
 """What a run shows of itself: the loss on held-out data and samples, both from the EMA weights."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -15,7 +17,9 @@ class Validator:
     """`validator(ema) -> float`: the mean loss over eval_batches fixed batches at fixed times and noise."""
 
     def __init__(self, s: Setup, shardings):
-        t, n = s.config.train, len(s.held_out)
+        held_out = s.held_out
+        assert held_out is not None  # without one there is no validation
+        t, n = s.config.train, len(held_out)
         self.batches = max(1, min(t.eval_batches, -(-n // t.batch_size)))
         place = sharding.batch_sharding(s.mesh)
         step = make_eval_step(
@@ -23,7 +27,7 @@ class Validator:
         )
         self._step = lowering.jit(step, in_shardings=(shardings.ema, place, None))
         indices = eval_indices(n, t.batch_size, self.batches)
-        self._batch = lambda i: jax.device_put(s.held_out.batch(indices[i]), place)
+        self._batch = lambda i: jax.device_put(held_out.batch(indices[i]), place)
 
     def __call__(self, ema) -> float:
         losses = [self._step(ema, self._batch(i), i) for i in range(self.batches)]
@@ -44,7 +48,7 @@ class Artist:
         self.table = self.model.default_table()
         # A row of ten digits, a row of five flowers: a column shows one class.
         self.columns = io.class_columns(len(s.class_names))
-        self.labels = list(range(len(s.class_names))) or None
+        self.labels: Any = list(range(len(s.class_names))) or None
         self.originals = None
         if s.parts.condition is not None:
             source = s.source if s.held_out is None else s.held_out

@@ -123,6 +123,7 @@ def save_snapshots(workdir: str | pathlib.Path, step: int, averages: tuple, conf
         for path, leaf in jax.tree_util.tree_leaves_with_path(average):
             array = _whole(leaf)
             if jax.process_index() == 0:
+                assert array is not None
                 leaves[path_name(path)] = array.astype(config.snapshot_dtype)
         if leaves:
             profile = Profile(step, std)

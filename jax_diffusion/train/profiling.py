@@ -31,9 +31,10 @@ class Profile:
     """
 
     def __init__(self, window: str | None, first: int, last: int, folder: pathlib.Path, log: Callable[[str], None]):
-        self.last, self.folder, self.log, self.since = last, folder, log, None
+        self.last, self.folder, self.log = last, folder, log
+        self.since: int | None = None
         self.window = None if window is None else parse(window)
-        if window is not None and not first <= self.window[0] < self.window[1] <= last:
+        if self.window is not None and not first <= self.window[0] < self.window[1] <= last:
             raise UserError(f"--profile={window}: this run goes from step {first} to {last}; choose among those")
         self.active = jax.process_index() == 0
 

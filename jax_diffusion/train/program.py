@@ -4,7 +4,7 @@ The trainer, `bench` and `plan` all take the training step from here, so what is
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,8 @@ class Program(NamedTuple):
         function = metrics.make_vitals(self.config.optim, self.learning_rate)
         platform = self.mesh.devices.flat[0].platform
         options = {"in_shardings": (shardings,), "out_shardings": sharding.replicated(self.mesh)}
-        return lowering.jit(function, platform, **options).lower(abstract).compile()
+        jitted: Any = lowering.jit(function, platform, **options)
+        return jitted.lower(abstract).compile()
 
     def trace(self, batch: dict[str, jax.ShapeDtypeStruct] | None = None, steps: int = 1):
         """The traced training step: `.jaxpr` to count, `.lower().compile()` to run.

@@ -71,6 +71,7 @@ class Rollback:
     def __call__(self, state: TrainState, now: int) -> TrainState:
         """Deletes `state` and the checkpoints after the one it goes back to. Raises UserError where it may not."""
         t, trip = self.s.config.train, self._trip
+        assert trip is not None  # `due` says when to call this
         first = trip - t.max_bad_steps  # steps done before the row
         faults = {k: int(v) for k, v in jax.device_get(state.faults).items()}
         found = diagnosis.diagnose(self.s, state, first, faults["shift"])
@@ -93,17 +94,17 @@ class Rollback:
         jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
         self.checkpoints.drop_after(-1 if target is None else target)
         # Of what is left the newest is the target, unless it turns out damaged.
-        state = self.checkpoints.newest(self.start)
-        state = self.start(None) if state is None else state
+        newest = self.checkpoints.newest(self.start)
+        state = self.start(None) if newest is None else newest
         back = int(state.step)
         self.writer.rewind(back)
         new = {"shift": faults["shift"] + trip - back, "rollbacks": faults["rollbacks"] + 1, "in_a_row": 0}
         like = state.faults["shift"]
-        new = {k: jax.device_put(np.asarray(v, like.dtype), state.faults[k].sharding) for k, v in new.items()}
+        placed = {k: jax.device_put(np.asarray(v, like.dtype), state.faults[k].sharding) for k, v in new.items()}
         self.log(f"warning: {said}: going back to step {back:,} and on with other data, "
                  f"{faults['rollbacks'] + 1} of {t.max_rollbacks} rollbacks")  # fmt: skip
         self._trip, self.in_a_row = None, 0
-        return dataclasses.replace(state, faults={**state.faults, **new})
+        return dataclasses.replace(state, faults={**state.faults, **placed})
 
     def _target(self, first: int, data: bool) -> int | None:
         """The checkpoint to go back to, for a row that begins after `first` steps; None is the start.

@@ -81,7 +81,8 @@ def prepare(config: configs.ConfigDict, workdir: pathlib.Path) -> Setup:
     sharding.check_batch(mesh, t.batch_size, t.accumulate)  # before the data is opened
 
     splits = ("train", "eval") if t.eval_every else ("train",)
-    source, held_out = (*data.load_splits(config.data, *splits), None)[:2]
+    opened = data.load_splits(config.data, *splits)
+    source, held_out = opened[0], opened[1] if t.eval_every else None
     names = source.class_names if config.data.labels and source.num_classes else ()
     _check_imported(workdir, source.shape, names)
     _check_same_data(workdir, source, names)

@@ -95,7 +95,7 @@ def microbatches(drawn: Drawn, parts: int) -> Drawn:
     def cut(x):
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
-    return Drawn(*jax.tree.map(cut, arrays), jax.random.split(key, parts))
+    return Drawn._make([*jax.tree.map(cut, arrays), jax.random.split(key, parts)])
 
 
 class Objective(NamedTuple):

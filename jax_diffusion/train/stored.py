@@ -181,7 +181,7 @@ def _gather(row: np.ndarray) -> np.ndarray:
 
 def _first(step: int) -> int:
     """Process 0's."""
-    return step if jax.process_count() == 1 else int(_gather(np.int32(step)).reshape(-1)[0])
+    return step if jax.process_count() == 1 else int(_gather(np.asarray(step, np.int32)).reshape(-1)[0])
 
 
 def _agreed(reason: str | None, size: int = 512) -> str | None:
@@ -217,13 +217,13 @@ def restore_weights(workdir, abstract: Any, *, step: int | None = None, ema: boo
     found = newest(folder, load, items=("meta",))
     for bad, why in found.broken.items():
         logging.getLogger(__name__).warning("checkpoint %d is damaged: %s; using %d", bad, why, found.step)
-    return found.value, found.step
+    return found.value, found.step  # type: ignore[return-value]  # None was refused
 
 
 def _weights_item(folder: pathlib.Path, step: int, ema: bool) -> str:
     """Weights that came without an average are their own."""
     meta = read_meta(folder, step)
-    return "ema" if ema and "ema" in meta.get("leaves", meta.get("crc")) else "params"
+    return "ema" if ema and "ema" in (meta.get("leaves") or meta.get("crc") or ()) else "params"
 
 
 def weights(folder: pathlib.Path, step: int, abstract: Any, *, ema: bool = True) -> Any:

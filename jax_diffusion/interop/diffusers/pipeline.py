@@ -72,7 +72,7 @@ def component(name: str, path: pathlib.Path | str):
 def weights_file(folder: pathlib.Path, variant: str | None = None) -> pathlib.Path:
     """The file of weights in a component's folder: the variant asked for ("fp16"), else the full precision, else the
     only one there is; safetensors before pickles."""
-    found = {}  # (variant, kind) -> file
+    found: dict[tuple[str | None, int], pathlib.Path] = {}  # (variant, kind) -> file
     for path in sorted(folder.glob(f"{WEIGHTS}*")):
         named = FILE.fullmatch(path.name)
         if named:
@@ -194,7 +194,7 @@ def write(
     found = weights.save(module.entries(architecture), params)
     if pipeline == "DDPMPipeline" and scheduler_config["_class_name"] == "DDIMScheduler":
         pipeline = "DDIMPipeline"
-    index = {
+    index: dict[str, Any] = {
         "_class_name": pipeline,
         "_diffusers_version": "0.33.0",
         name: ["diffusers", cls],

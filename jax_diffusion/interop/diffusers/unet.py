@@ -53,7 +53,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     ]
     size = unet_weights.image_size(c, problems)
     image_channels, learn_variance = _channels(c, ours, problems)
-    attention_levels, resblock_updown = _levels(c, *types, problems)
+    attention_levels, resblock_updown = _levels(c, types[0], types[1], problems)
 
     widths, head, middle = tuple(c["block_out_channels"]), c["attention_head_dim"], "none"
     if c["mid_block_type"]:
