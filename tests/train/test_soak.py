@@ -35,6 +35,9 @@ def test_the_verdict_finds_a_leak_and_forgives_a_peak():
     assert soak.verdict(flat)[0]
     assert not soak.verdict([reading(t, 500 + 0.5 * t) for t in range(200)])[0]
     assert not soak.verdict([reading(t, 500, 10 + t // 50) for t in range(200)])[0]
+    lost = [reading(t, 500 + 150 * soak.LOST * t) for t in range(400)]  # by tensorstore, 150 arrays a step
+    assert soak.verdict(lost, saved=150)[0] and not soak.verdict(lost)[0]
+    assert not soak.verdict([reading(t, 500 + 600 * soak.LOST * t) for t in range(400)], saved=150)[0]
 
 
 def test_the_slope_is_not_bent_by_peaks():
