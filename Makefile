@@ -6,7 +6,7 @@ RUN ?= runs/demo
 # Compilers for TPU and NVIDIA, beside and not in $(VENV): the tests' own jax must not find them.
 COMPILERS ?= $(VENV)-aot
 export JAX_DIFFUSION_COMPILERS := $(abspath $(COMPILERS))
-PYTEST_ARGS ?= -n 2 --dist loadfile --durations=30
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=30
 
 .PHONY: help demo test docs linkcheck gates gates-baseline lint clean
 

@@ -64,7 +64,7 @@ setup(
             *STUDIO,
             "kubernetes<36",  # its types, against which the manifests of launch/ are held
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "pyyaml",
             "ipykernel>=6.29",
             "nbclient>=0.10",

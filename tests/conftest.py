@@ -38,6 +38,15 @@ def pytest_configure():
     assert jax.config.jax_numpy_rank_promotion == "raise", "JAX was imported before tests/conftest.py"
 
 
+# Minutes each: first, so that at the end no worker is left alone with one of them (with --no-loadscope-reorder).
+LONG = ("test_sharding.py", "test_processes.py", "test_notebooks.py", "test_recipes_on_real_data.py", "test_scaling.py",
+        "test_gates_tpu.py", "test_gates_cuda.py", "test_docs.py", "test_local.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def on_virtual_devices():
     """on_virtual_devices(script, *arguments, devices=8) -> the JSON object that it prints last, run in a process of

@@ -17,7 +17,7 @@ WRITTEN = {
     "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "YCbCr", "LAB"),
     "WEBP": ("RGB", "RGBA"),
     "GIF": ("L", "P", "RGB"),
-    "BMP": ("1", "L", "P", "RGB", "RGBA"),
+    "BMP": ("1", "L", "RGB", "RGBA"),  # Pillow 12.3 cannot read all that it writes of mode P
     "PPM": ("1", "L", "RGB", "I;16"),
     "JPEG2000": ("L", "LA", "RGB", "RGBA"),
 }

@@ -94,7 +94,12 @@ def test_closing_ends_what_is_in_the_making():
     made = Made(KB)
     ahead = Prefetch(made.items(), 4, 1 << 30)
     reach(lambda: made.started == 1)
-    threading.Timer(0, made.permits.release).start()
+
+    def go_on():
+        while not made.closed.wait(0.01):
+            made.permits.release()
+
+    threading.Thread(target=go_on, daemon=True).start()
     ahead.close()
     ahead.close()
     assert made.closed.wait(60) and list(ahead) == [] and ahead.held_bytes == 0
