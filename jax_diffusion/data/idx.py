@@ -21,6 +21,9 @@ DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: "
 IMAGES = re.compile(r"(?P<prefix>.*?)(?P<part>train|t10k|test)-images[-.]idx\d-ubyte(\.gz)?")
 
 
+MAX_AXES = 8  # of an array; what says more is damaged
+
+
 def read_idx(path: str | pathlib.Path) -> np.ndarray:
     """Reads one IDX file, gzipped or not, into an array of the shape it declares.
 
@@ -34,7 +37,7 @@ def read_idx(path: str | pathlib.Path) -> np.ndarray:
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"config.data.path: {path} cannot be read or is truncated ({error})") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in DTYPES:
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in DTYPES or not 1 <= data[3] <= MAX_AXES:
         raise UserError(f"config.data.path: {path} is no IDX file: it begins with {data[:4].hex() or 'nothing'}")
     dtype, ndim = np.dtype(DTYPES[data[2]]), data[3]
     start = 4 + 4 * ndim

@@ -163,17 +163,36 @@ def read_manifest(path: str | pathlib.Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         known = manifest["version"] <= VERSION
-        manifest["splits"]["train"]["files"], manifest["shape"], manifest["format"]
+        if known:
+            _check_fields(manifest)
     except OSError as error:
         raise UserError(
             f"config.data.path={str(path)!r} is no packed set ({file.name}: {error.strerror}): make one with "
             "jax-diffusion data pack --config=RECIPE --out=FOLDER"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"config.data.path: {file} is damaged ({type(error).__name__}: {error}); pack again") from error
     if not known:
         raise UserError(f"config.data.path: {file} is of version {manifest['version']}: update jax_diffusion")
     return manifest
+
+
+def _check_fields(manifest: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError, AttributeError or ValueError where something is missing or of another type."""
+    for values, kind in (
+        (manifest["shape"], int),
+        (manifest["class_names"], str),
+        ((manifest["dtype"], manifest["format"]), str),
+        ((manifest["num_classes"] or 0,), int),
+        (manifest["splits"]["train"]["files"], str),
+        *((part["skipped"], str) for part in manifest["splits"].values()),
+        *(((part["count"],), int) for part in manifest["splits"].values()),
+        *(((f["bytes"],), int) for part in manifest["splits"].values() for f in part["files"].values()),
+    ):
+        if not all(isinstance(value, kind) for value in values):
+            raise TypeError(f"{values} should be of {kind.__name__}")
+    if manifest["format"] not in READERS or not manifest["shape"]:
+        raise ValueError(f"format {manifest['format']}, shape {manifest['shape']}")
 
 
 def damaged(path: str | pathlib.Path, done: Callable[[int], None] = lambda n: None) -> list[str]:
