@@ -20,6 +20,19 @@ usage() {
     exit 0
 }
 
+# Leaves the words of a command line in `words`; --help and --dry-run may stand anywhere.
+arguments() {
+    local word
+    words=()
+    for word in "$@"; do
+        case "$word" in
+            -h | --help) usage ;;
+            --dry-run) dry_run=1 ;;
+            *) words+=("$word") ;;
+        esac
+    done
+}
+
 # Sets the settings of a file that are not set yet. Nothing in it is executed.
 read_settings() {
     local line name value number=0 known

@@ -19,14 +19,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-words=()
-for word in "$@"; do
-    case "$word" in
-        -h | --help) usage ;;
-        --dry-run) dry_run=1 ;;
-        *) words+=("$word") ;;
-    esac
-done
+arguments "$@"
 action=${words[0]:-} kind=${words[1]:-}
 case "$action" in
     image | apply) [[ "$kind" == tpu || "$kind" == gpu ]] || fail "$action ${kind:-what}: give tpu or gpu" ;;

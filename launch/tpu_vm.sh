@@ -26,13 +26,8 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 actions="create queue install train log status stop sample fetch resume watch delete"
-for word in "$@"; do
-    case "$word" in
-        -h | --help) usage ;;
-        --dry-run) dry_run=1 ;;
-        *) action=${action:+$action }$word ;;
-    esac
-done
+arguments "$@"
+action=${words[*]:-}
 [[ " $actions " == *" ${action:-none} "* ]] || fail "${action:-nothing} is no action: give one of ${actions// /, }"
 settings
 [[ -n "$GCP_ZONE" ]] || fail "GCP_ZONE is empty: give the zone, for instance us-west4-a"
