@@ -28,7 +28,8 @@ set -euo pipefail
 actions="create queue install train log status stop sample fetch resume watch delete"
 arguments "$@"
 action=${words[*]:-}
-[[ " $actions " == *" ${action:-none} "* ]] || fail "${action:-nothing} is no action: give one of ${actions// /, }"
+[[ "$action" != *" "* && " $actions " == *" ${action:-none} "* ]] ||
+    fail "${action:-nothing} is no action: give one of ${actions// /, }"
 settings
 [[ -n "$GCP_ZONE" ]] || fail "GCP_ZONE is empty: give the zone, for instance us-west4-a"
 need gcloud "install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install"

@@ -85,6 +85,7 @@ def test_nothing_in_a_settings_file_is_executed(fake):
 @pytest.mark.parametrize("script, arguments, words", [
     ("tpu_vm.sh", [], "nothing is no action: give one of create, queue, "),
     ("tpu_vm.sh", ["queue", "train"], "queue train is no action"),
+    ("tpu_vm.sh", ["create", "queue"], "create queue is no action"),  # neighbours in the list of them
     ("tpu_vm.sh", ["create"], "RUN_SLICES=2 can only be queued"),
     ("slurm.sh", [], "give a command"),
     ("slurm.sh", ["train", "--config=digits"], "give --workdir=DIR too"),
