@@ -1,5 +1,7 @@
 """Rates and progress lines. Metrics are fetched one logging period late, so no step waits for the host."""
 
+import collections
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -32,35 +34,56 @@ class Record(NamedTuple):
     in_a_row: np.ndarray  # [steps], of each step of the period: how many were skipped in a row up to it
 
 
-class Meter:
-    """Collects the step's device metrics and turns each period into a Record, one period late."""
+@dataclasses.dataclass
+class _Dispatch:
+    """Some steps in one program."""
 
-    # Dispatches the host may be ahead: enough to keep the devices busy, few enough that its clock is theirs.
+    steps: int
+    metrics: Any  # of it, on the device
+    done: float | None = None  # when the host found it done
+
+    def wait(self) -> float:
+        if self.done is None:
+            jax.block_until_ready(self.metrics)
+            self.done = time.perf_counter()
+        return self.done
+
+
+class Meter:
+    """Collects the step's device metrics and turns each period into a Record, one period late.
+
+    Rates are of the time at which the devices were done, not of that at which the host had asked.
+    """
+
+    # Dispatches the host may be ahead: enough to keep the devices busy, few enough that it hears when they are done.
     IN_FLIGHT = 2
 
     def __init__(self, total_steps: int, batch_size: int, flops_per_step: float, peak: float | None = None):
         """flops_per_step: of the model (flops.Work).  peak: FLOP/s of all devices, for the MFU; None is not known."""
         self.total_steps, self.batch_size, self.flops, self.peak = total_steps, batch_size, flops_per_step, peak
-        self._current: list[tuple[int, Any]] = []
-        self._pending: tuple[int, list, float, dict] | None = None  # step, dispatches, seconds, extra
-        self._clock = time.perf_counter()  # when the current period began
+        self._current: list[_Dispatch] = []
+        self._pending: tuple[int, list[_Dispatch], dict] | None = None  # step, dispatches, extra
+        self._flying: collections.deque[_Dispatch] = collections.deque()
+        self._clock = time.perf_counter()  # when the devices began the period that is finished next
 
     def add(self, steps: int, metrics: Any) -> None:
         """One dispatch: how many steps it did and its metrics, still on the device."""
-        self._current.append((steps, metrics))
-        if len(self._current) > self.IN_FLIGHT:
-            jax.block_until_ready(self._current[-1 - self.IN_FLIGHT][1])
+        dispatch = _Dispatch(steps, metrics)
+        self._current.append(dispatch)
+        self._flying.append(dispatch)
+        if len(self._flying) > self.IN_FLIGHT:
+            self._flying.popleft().wait()
 
     def roll(self, step: int, extra: dict[str, Any]) -> list[Record]:
         """Ends a period at `step` and returns the one before it. extra: numbers, or arrays still on the device."""
-        now = time.perf_counter()
-        before, self._pending = self._pending, (step, self._current, now - self._clock, extra)
-        self._current, self._clock = [], now
+        before, self._pending = self._pending, (step, self._current, extra)
+        self._current = []
         return [self._finish(*before)] if before else []
 
     def flush(self, step: int, extra: dict[str, Any]) -> list[Record]:
         """Waits for the devices and returns all that is left, the current period included."""
-        jax.block_until_ready([m for _, m in self._current])
+        while self._flying:
+            self._flying.popleft().wait()
         out = self.roll(step, extra) if self._current else []
         if self._pending:
             out.append(self._finish(*self._pending))
@@ -70,16 +93,19 @@ class Meter:
     def forget(self) -> None:
         """Drops what was not returned yet: of steps that a rollback has taken back."""
         self._current, self._pending = [], None
+        self._flying.clear()
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Called after work that is not training, so that it does not count in the rates."""
         self._clock = time.perf_counter()
 
-    def _finish(self, step: int, dispatches: list, seconds: float, extra: dict) -> Record:
-        steps = sum(n for n, _ in dispatches)
-        values, extra = jax.device_get(([m for _, m in dispatches], extra))
-        period = metrics.summarise([(n, m) for (n, _), m in zip(dispatches, values, strict=True)])
-        rate = steps / max(seconds, 1e-9)
+    def _finish(self, step: int, dispatches: list[_Dispatch], extra: dict) -> Record:
+        values, extra = jax.device_get(([d.metrics for d in dispatches], extra))
+        before, self._clock = self._clock, dispatches[-1].wait()  # no more than a look at the clock
+        seconds = self._clock - before
+        period = metrics.summarise([(d.steps, m) for d, m in zip(dispatches, values, strict=True)])
+        rate = sum(d.steps for d in dispatches) / max(seconds, 1e-9)
         scalars = {
             **period.scalars,
             "images_per_s": rate * self.batch_size,

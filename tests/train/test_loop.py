@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from jax_diffusion.cli.main import main
+from jax_diffusion.train import report
 from jax_diffusion.train.events import due
 from jax_diffusion.train.interrupt import Interrupt
 from jax_diffusion.train.report import Meter, count, duration
@@ -107,6 +109,43 @@ def test_a_meter_weighs_dispatches_by_their_steps():
     (second,) = meter.flush(6, {"of": np.float32(3)})
     assert (first.step, first.scalars["loss"]) == (4, 2.0) and (second.step, second.scalars["loss"]) == (6, 7.0)
     assert first.scalars["flops_per_s"] == pytest.approx(first.scalars["images_per_s"] / 4 * 1e3)
+
+
+class Queued:
+    """Of a device that takes a second a step, one after the other: done at `seconds`, for whom the host's clock
+    stands still until it waits."""
+
+    def __init__(self, clock, seconds, value):
+        self.clock, self.seconds, self.value = clock, seconds, value
+
+    def block_until_ready(self):
+        self.clock[0] = max(self.clock[0], self.seconds)
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.block_until_ready().value, dtype)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+def test_a_rate_is_the_devices_and_not_the_hosts(every, monkeypatch):
+    """Steps are queued in a millisecond each: the first periods after a pause, when there is none to wait for yet, are
+    no faster than the others."""
+    clock = [0.0]
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    meter, records = Meter(total_steps=42, batch_size=4, flops_per_step=1.0), []
+    for start in (0, 21):  # and a pause of 100 seconds
+        meter.restart_clock()
+        began = clock[0]
+        for i in range(1, 22):
+            clock[0] += 1e-3
+            steps, metrics = said([1.0])
+            meter.add(steps, {k: Queued(clock, began + i, v) for k, v in metrics.items()})
+            if i % every == 0:
+                records += (meter.flush if i == 21 else meter.roll)(start + i, {})
+        records += meter.flush(start + 21, {})
+        clock[0] += 100
+    assert [r.step for r in records] == [s for s in range(1, 43) if (s % 21 or 21) % every == 0 or s % 21 == 0]
+    np.testing.assert_allclose([r.scalars["images_per_s"] for r in records], 4, rtol=1e-6)
 
 
 def test_a_meter_forgets_what_a_rollback_takes_back():
