@@ -1,5 +1,6 @@
 """The host in the training loop: it compiles nothing after the first period and waits for nothing that it queued."""
 
+import collections
 import pathlib
 import re
 import threading
@@ -124,6 +125,44 @@ def test_the_host_fetches_numbers_once_a_period_and_in_pauses_alone(tiny, tmp_pa
     sites = {name: at for name, at in sites.items() if at != {12}}  # the last pause, where all is saved
     assert sites.pop("report.py:_finish") <= {3, 6, 9, 12}  # at 3 nothing is old enough
     assert sites.pop("observe.py:__call__") == {6, 12} and sites == {}
+
+
+def traced(config, workdir, first, last):
+    """What the profiler saw of the steps `first` to `last` - 1: when the host queued each, when the device began and
+    ended it; in seconds, on one clock."""
+    loop.train(config, workdir, profile=f"{first}:{last}", log=lambda line: None)
+    (path,) = (workdir / "profile").rglob("*.xplane.pb")
+    queued, runs = [], collections.defaultdict(list)
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats) if line.name.startswith("tf_XLA") or event.name == "train" else {}
+                if "step_num" in stats:
+                    queued.append(event.start_ns / 1e9)
+                if stats.get("hlo_module") == "jit_step":
+                    runs[stats["run_id"]].append((event.start_ns / 1e9, event.end_ns / 1e9))
+    ran = sorted((min(begin for begin, _ in ops), max(end for _, end in ops)) for ops in runs.values())
+    assert len(queued) == len(ran) == last - first
+    return np.sort(queued), np.array(ran)
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_the_trace_shows_the_next_step_queued_before_a_step_ends(tiny, tmp_path, monkeypatch, waiting):
+    """Logging every third step all the while; and the same of a loop that looks at each loss."""
+    add = report.Meter.add
+
+    def waits(meter, steps, metrics):
+        float(metrics["loss"])
+        add(meter, steps, metrics)
+
+    if waiting:
+        monkeypatch.setattr(report.Meter, "add", waits)
+    fields = ["model.width=256", "train.batch_size=1024", "train.steps=30", "train.log_every=3", "train.eval_every=0",
+              "train.checkpoint_every=30"]  # fmt: skip
+    queued, ran = traced(tiny("toy2d", *fields), tmp_path, 12, 24)
+    ahead = queued[1:] < ran[:-1, 1]
+    # On a busy machine the host may come late now and then.
+    assert not ahead.any() if waiting else ahead.mean() > 0.5, (queued, ran)
 
 
 @pytest.mark.parametrize("k", [1, 4])
