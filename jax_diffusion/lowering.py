@@ -5,6 +5,9 @@ import contextvars
 import ctypes
 import functools
 import glob
+import os
+import pathlib
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +58,18 @@ def target() -> str:
     return _target.get() or jax.default_backend()
 
 
+def recomputed(function: Callable) -> Callable:
+    """`function`, computed again in the backward pass instead of stored.
+
+    On accelerators XLA may undo it: where it does, storing takes less time (docs/benchmarks.md). On CPUs it undoes all
+    of it where it can, and the step takes longer and holds more.
+    """
+    return jax.checkpoint(function, prevent_cse=target() == "cpu")
+
+
 # glibc's <malloc.h>
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_MADV_HUGEPAGE = 14  # Linux's <sys/mman.h>
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")  # NVIDIA's, AMD's, TPUs
 
 
@@ -78,7 +91,29 @@ def keep_memory(platform: str | None = None) -> bool:
     if (platform or _platform_to_come()) != "cpu":
         return False
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
         settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
-        return 0 not in [mallopt(*setting) for setting in settings]
+        if 0 not in [libc.mallopt(*setting) for setting in settings]:
+            _ask_for_huge_pages(libc)
+            return True
     return False
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL):
+    """Has the heap that is to come backed by pages of 2 MiB where the system offers them: less to look up, and what is
+    touched for the first time costs a 500th of the faults. The heap is grown by half of the machine's memory, of which
+    nothing is touched, and given back to malloc; not where addresses are counted."""
+    with contextlib.suppress(OSError):
+        if pathlib.Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+            return
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = os.sysconf("SC_PHYS_PAGES") * page // 2
+    block = libc.malloc(size)
+    if block:
+        libc.madvise(-(-block // page) * page, size - page, _MADV_HUGEPAGE)
+        libc.free(block)

@@ -1,5 +1,9 @@
 """Norms as affine maps, dropout, and the lowerings that differ by platform, beside torch and by counting."""
 
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +129,18 @@ def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
 def test_memory_is_kept_on_cpus_alone():
     assert not lowering.keep_memory("gpu")
     assert lowering.keep_memory("cpu") in (True, False)
+
+
+def test_the_heap_is_in_huge_pages():
+    enabled = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text() or not lowering.keep_memory("cpu"):
+        pytest.skip("this system offers none, or has another C library")
+    script = """
+import re
+from jax_diffusion import lowering
+lowering.keep_memory("cpu")
+block = bytearray(b"1") * (64 << 20)
+print(sum(int(kb) for kb in re.findall(r"AnonHugePages: +([0-9]+) kB", open("/proc/self/smaps").read())) >> 10)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(told) >= 48  # MiB of 64; a machine may be short of some
