@@ -3,11 +3,14 @@
 import contextlib
 import contextvars
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jax_diffusion import lowering
+from jax_diffusion.sharding import BATCH, UNCONSTRAINED, Constraint, batch_shards
 
 _forward_mode = contextvars.ContextVar("forward_mode", default=False)
 
@@ -35,18 +38,72 @@ def differentiable_forward():
         _forward_mode.reset(token)
 
 
-def attention(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) -> jax.Array:
+# From so many tokens on, TPUs run the kernel that never stores the T x S weights; below, XLA's products are as fast.
+SPLASH_TOKENS = 1024
+
+
+def attention(
+    q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array, constrain: Constraint | None = None
+) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v for each head, [B, T, N, D]; the softmax in float32.
 
-    cuDNN's where the program is compiled for NVIDIA and it takes the shapes (bfloat16, heads of a multiple of 8),
-    which never stores the T x S weights; on CPUs with the heads before the tokens; else XLA's.
+    cuDNN's where the program is compiled for NVIDIA and it takes the shapes (bfloat16, heads of a multiple of 8), and
+    the splash kernel where it is for TPU and there are many tokens: neither stores the T x S weights. On CPUs with the
+    heads before the tokens; else XLA's.
+    constrain: where q, k and v lie; without it no splash kernel, which XLA cannot cut over devices by itself.
     """
     q, k, v = q_BxTxNxD, k_BxSxNxD, v_BxSxNxD
     if lowering.target() == "cpu":
         return _heads_first(q, k, v)
-    if _forward_mode.get() or not _cudnn_takes(q.shape, k.shape, q.dtype):
+    fused = {}
+    if lowering.target() == "tpu":
+        if constrain is not None and _splash_takes(q, k, constrain):
+            fused["tpu"] = functools.partial(splash, constrain=constrain)
+    elif _cudnn_takes(q.shape, k.shape, q.dtype):
+        fused["cuda"] = _cudnn
+    if _forward_mode.get() or not fused:
         return jax.nn.dot_product_attention(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=jax.nn.dot_product_attention)
+    return jax.lax.platform_dependent(q, k, v, **fused, default=jax.nn.dot_product_attention)
+
+
+def _splash_takes(q: jax.Array, k: jax.Array, constrain: Constraint) -> bool:
+    divides = constrain.mesh is None or q.shape[0] % batch_shards(constrain.mesh) == 0
+    tokens = q.shape[1], k.shape[1]
+    return divides and min(tokens) >= SPLASH_TOKENS and not any(n % _LANES for n in tokens)
+
+
+_LANES = 128  # of a TPU's vector unit: blocks are multiples of it
+
+
+def splash(
+    q_BxTxNxD: jax.Array,
+    k_BxSxNxD: jax.Array,
+    v_BxSxNxD: jax.Array,
+    constrain: Constraint = UNCONSTRAINED,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention by JAX's splash kernel for TPU (FlashAttention-2, Dao 2023, with the softmax in float32), on each
+    device for its samples and heads. interpret: where there is no TPU, for tests."""
+    heads = q_BxTxNxD.shape[2] // constrain.tensor
+    run = functools.partial(_splash_heads, heads=heads, interpret=interpret)
+    if constrain.mesh is not None:
+        spec = PartitionSpec(BATCH, None, "tensor", None)
+        run = jax.shard_map(run, mesh=constrain.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return run(q_BxTxNxD, k_BxSxNxD, v_BxSxNxD)
+
+
+def _splash_heads(q_BxTxNxD, k_BxSxNxD, v_BxSxNxD, *, heads: int, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    (t, s), d = (q_BxTxNxD.shape[1], k_BxSxNxD.shape[1]), q_BxTxNxD.shape[3]
+    rows, columns = (math.gcd(n, 512) for n in (t, s))
+    sizes = kernels.BlockSizes(
+        block_q=rows, block_kv=columns, block_q_dkv=rows, block_kv_dkv=columns, block_q_dq=rows, block_kv_dq=columns
+    )
+    mask = kernels.MultiHeadMask([kernels.FullMask((t, s))] * heads)
+    one = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BxTxNxD * d**-0.5, k_BxSxNxD, v_BxSxNxD))
+    return jax.vmap(one)(q, k, v).swapaxes(1, 2)
 
 
 def _heads_first(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) -> jax.Array:

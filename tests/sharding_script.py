@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import sys
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_diffusion import attention, experiment, sharding
 from jax_diffusion import config as configs
-from jax_diffusion import experiment, sharding
 from jax_diffusion import model as models
 from jax_diffusion.cli.main import main
 from jax_diffusion.train import checkpoint, program
@@ -113,6 +114,21 @@ def apart(runs, others=()):
     return {name: [furthest(one.params, s.params), furthest(one.ema, s.ema)] for name, s in every}
 
 
+def splash_apart(name):
+    """The interpreted kernel on a mesh beside XLA's attention, output and gradients; and the devices of its output."""
+    mesh = make_mesh(name)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, gradient = (jax.random.normal(key, (8, 128, 2, 16)) for key in keys)
+
+    def both(f):
+        y, back = jax.vjp(f, q, k, v)
+        return [y, *back(gradient)]
+
+    kernel = functools.partial(attention.splash, constrain=sharding.Constraint(mesh), interpret=True)
+    ours, theirs = jax.jit(lambda: both(kernel))(), both(jax.nn.dot_product_attention)
+    return furthest(ours, theirs), len(ours[0].sharding.device_set)
+
+
 def restored(workdir, runs, saved, into):
     """A state saved on one mesh and restored into others: how far apart, whether it lies there as its own would, and
     how far apart training ends that goes on from it."""
@@ -162,6 +178,8 @@ def run(workdir):
     ]
     out["samples_apart"] = [furthest(samples[0], s) for s in samples]
     out["samples_spread"] = float(np.abs(samples[0][0] - samples[0][2]).max())
+
+    out["splash"] = {name: splash_apart(name) for name in ("data", "all")}
 
     out["errors"] = {
         "product": message(lambda: sharding.make_mesh(3, 1, 1)),

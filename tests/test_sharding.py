@@ -83,6 +83,11 @@ def test_a_checkpoint_fits_any_mesh(seen, saved):
         assert exact == 0 and lies and after < 5e-6, (name, found)
 
 
+def test_the_splash_kernel_runs_on_each_devices_samples_and_heads(seen):
+    for apart, devices in seen["splash"].values():
+        assert apart < 2e-6 and devices == 8  # the order of sums of 128 numbers
+
+
 def test_sample_i_is_the_same_on_any_mesh(seen):
     assert seen["samples_spread"] > 0.1
     assert max(seen["samples_apart"]) < 1e-4

@@ -124,7 +124,7 @@ def parse(text: str) -> Module:
             if head:
                 current = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # which ends the metadata of a Pallas kernel
             current = None
         else:
             instruction = _instruction(line)

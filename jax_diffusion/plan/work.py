@@ -95,6 +95,16 @@ def _attention(i: Instruction, operands: list[hlo.Array], target: str) -> float:
     return 2.0 * size * operands[0].shape[-1] * (5 if "Backward" in target else 2)
 
 
+# Products of [B, N, T, S] in JAX's splash kernels for TPU: the gradients make the scores again, each for itself.
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def _splash(i: Instruction, operands: list[hlo.Array]) -> float:
+    products = next((n for kind, n in _SPLASH.items() if i.name.startswith(f"splash_mha_{kind}")), 0)
+    heads = [o for o in operands if len(o.shape) == 4]  # q and k, [B, N, T, D] and [B, N, S, D], are the first
+    return 2.0 * products * heads[0].size * heads[1].shape[2] if products and len(heads) > 1 else 0.0
+
+
 def _flops(module: Module, where: str, i: Instruction) -> float:
     """Of one execution, without what it calls."""
     if i.opcode not in ("dot", "convolution", "custom-call"):
@@ -109,6 +119,8 @@ def _flops(module: Module, where: str, i: Instruction) -> float:
         return _cudnn_convolution(i, operands, target)
     if "fmha" in target:
         return _attention(i, operands, target)
+    if target == "tpu_custom_call":
+        return _splash(i, operands)
     if i.opcode == "dot" or "gemm" in target or "matmul" in target:
         axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', i.attributes)
         if not axes or not operands:

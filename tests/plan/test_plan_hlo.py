@@ -169,6 +169,30 @@ def test_flops_of_cudnn_attention():
     assert work.flops(text) == (2 + 5) * 2 * (2 * 4 * 16 * 32) * 8
 
 
+def test_flops_of_splash_attention():
+    """Forward two products, of q three with the scores again, of k and v four. Its metadata is lines of text, the last
+    of which starts like the end of a computation."""
+
+    def call(name, result):
+        return (
+            f'%{name} = ({result}) custom-call(%i, %q, %k, %k), custom_call_target="tpu_custom_call", '
+            'frontend_attributes={kernel_metadata={\n}}, metadata={op_name="jit(step)/attention"}'
+        )
+
+    text = entry(
+        "%i = s8[1,1,1]{2,1,0} parameter(0)",
+        "%q = bf16[2,4,16,8]{3,2,1,0} parameter(1)",
+        "%k = bf16[2,4,32,8]{3,2,1,0} parameter(2)",
+        call("splash_mha_fwd_residuals.1", "f32[16,128]{1,0}, bf16[2,4,16,8]{3,2,1,0}"),
+        call("splash_mha_dq_no_residuals.2", "bf16[2,4,16,8]{3,2,1,0}"),
+        call("splash_mha_dkv_no_residuals.3", "bf16[2,4,32,8]{3,2,1,0}, bf16[2,4,32,8]{3,2,1,0}"),
+        call("another_kernel.4", "bf16[2,4,16,8]{3,2,1,0}"),
+        "%m = bf16[64,16]{1,0} parameter(3)",
+        "ROOT %d = bf16[64,64]{1,0} dot(%m, %m), lhs_contracting_dims={1}, rhs_contracting_dims={1}",
+    )
+    assert work.flops(text) == (2 + 3 + 4) * 2 * (2 * 4 * 16 * 32) * 8 + 2 * 64 * 64 * 16
+
+
 def test_traffic_is_of_the_large_memory_alone():
     text = entry(
         "%a = f32[8,128]{1,0:T(8,128)} parameter(0)",

@@ -1,0 +1,52 @@
+"""The splash kernel beside XLA's attention, as far as it can be known without a TPU: interpreted, and lowered."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_diffusion import attention, lowering
+from jax_diffusion.sharding import UNCONSTRAINED
+
+
+def draw(dtype, tokens=256, memory=256):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((2, n, 2, 64) for n in (tokens, memory, memory, tokens))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+# float32: the order of sums. bfloat16: q is scaled and the weights are rounded in another place, to 8 bits each.
+@pytest.mark.parametrize(
+    "dtype, tolerance, memory", [("float32", 2e-6, 256), ("float32", 2e-6, 384), ("bfloat16", 2e-2, 256)]
+)
+def test_splash_is_xlas_attention_both_ways(dtype, tolerance, memory):
+    *qkv, gradient = draw(jnp.dtype(dtype), memory=memory)
+
+    def both(f):
+        y, back = jax.vjp(f, *qkv)
+        return [np.asarray(a, np.float32) for a in (y, *back(gradient))]
+
+    ours = both(lambda *a: attention.splash(*a, interpret=True))
+    for a, b in zip(ours, both(jax.nn.dot_product_attention), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+def kernels(tokens, constrain=UNCONSTRAINED, platform="tpu"):
+    """Kernels in the program of attention and its gradient."""
+    shape = jax.ShapeDtypeStruct((2, tokens, 2, 64), jnp.bfloat16)
+
+    def total(q, k, v):
+        return jnp.sum(attention.attention(q, k, v, constrain).astype(jnp.float32))
+
+    with lowering.compiling_for(platform):
+        traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(shape, shape, shape)
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("tpu_custom_call")
+
+
+def test_tpus_run_it_where_there_are_many_tokens():
+    assert kernels(1024) == 3  # forward, of q, of k and v
+    assert kernels(256) == kernels(1026) == 0  # few; no whole blocks of them
+    assert kernels(1024, None) == 0  # who knows where they lie
+    assert kernels(1024, platform="cpu") == 0
+    with attention.differentiable_forward():
+        assert kernels(1024) == 0
