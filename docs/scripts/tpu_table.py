@@ -1,4 +1,4 @@
-"""The tables of docs/tpu.md: plans of two networks on six chips.
+"""The tables of docs/tpu.md: plans of two networks, one of them in two ways, on six chips.
 
     python docs/scripts/tpu_table.py plans --kinds=v4,v5e,v5p,v6e     # where jax[tpu] is installed
     python docs/scripts/tpu_table.py plans --kinds=a100,h100          # where jax[cuda13] is
@@ -29,16 +29,18 @@ def cases() -> dict[str, list[str]]:
         out[f"unet_{kind}"] = [
             "--config=cifar10_ddpm", BFLOAT16, f"--topology={topology}", f"--batch={512 * chips}", "--mesh=data=-1",
         ]  # fmt: skip
-        out[f"dit_{kind}"] = [
-            "--config=imagenet256_dit_xl2", BFLOAT16, "--config.model.remat=full", f"--topology={topology}",
-            f"--batch={32 * chips}", "--mesh=fsdp=-1",
-        ]  # fmt: skip
+        for name, remat in (("dit", "full"), ("ditstored", "none")):
+            out[f"{name}_{kind}"] = [
+                "--config=imagenet256_dit_xl2", BFLOAT16, f"--config.model.remat={remat}", f"--topology={topology}",
+                f"--batch={32 * chips}", "--mesh=fsdp=-1",
+            ]  # fmt: skip
     return out
 
 
 TITLES = {
     "unet": "DDPM's CIFAR-10 U-Net (`cifar10_ddpm`), bfloat16, 512 images a chip, data parallel",
     "dit": "DiT-XL/2 (`imagenet256_dit_xl2`), bfloat16, remat=full, 32 images a chip, FSDP over the chips",
+    "ditstored": "The same without remat, its blocks not in a loop (docs/benchmarks.md)",
 }
 
 

@@ -1,7 +1,7 @@
 """JAX's side: the trainer's step, the network, and the sampler's program, each compiled as it is when used.
 
-Variants: `default`; on accelerators also `k10`, ten training steps in one dispatch, and for transformers `unrolled`,
-whose scan over the blocks is unrolled.
+Variants: `default`; on accelerators also `k10`, ten training steps in one dispatch, and for transformers what the
+default is not: `scanned`, training with one loop over the blocks, or `unrolled`, the other modes without one.
 """
 
 import functools
@@ -24,6 +24,7 @@ from jax_diffusion.train import flops, program
 from jax_diffusion.train import state as train_state
 
 K = {"k10": 10}  # training steps in one dispatch
+UNROLL = {"scanned": 1, "unrolled": 64}  # model.unroll; no transformer has more blocks
 SEED = 0
 
 
@@ -92,18 +93,17 @@ class Side:
         export.write(self.folder, self.work, self.config, built, self.params)
 
     def variants(self, mode: str) -> list[str]:
-        accelerator = jax.default_backend() != "cpu"
-        deep = self.config.model.get("depth", 0) or 28
-        out = ["default"] + (["k10"] if mode == "train" else [])
-        if "unroll" in self.config.model and self.config.model.unroll < deep:
-            out.append("unrolled")
-        return out if accelerator else ["default"]
+        if jax.default_backend() == "cpu":
+            return ["default"]
+        training = mode == "train"
+        loops = ["scanned" if training else "unrolled"] if "unroll" in self.config.model else []
+        return ["default", *(["k10"] if training else []), *loops]
 
     def _program(self, batch: int, variant: str = "default") -> program.Program:
         config = self.config.copy_and_resolve_references()
         config.train.batch_size = batch
-        if variant == "unrolled":
-            config.model.unroll = 64  # more than any has
+        if variant in UNROLL:
+            config.model.unroll = UNROLL[variant]
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         return program.build(config, self.work.about.shape, self.work.about.classes, mesh)
 

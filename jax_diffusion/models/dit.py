@@ -38,7 +38,7 @@ def modulate(norm: Callable, x_BxTxD: jax.Array, shift_BxD: jax.Array, scale_BxD
         return norm(x) * (1 + scale[:, None]) + shift[:, None]
 
     if lowering.target() != "tpu":  # whose compiler does so by itself, and better: docs/benchmarks.md
-        modulated = jax.checkpoint(modulated, prevent_cse=False)
+        modulated = lowering.recomputed(modulated)
     return modulated(x_BxTxD, shift_BxD, scale_BxD)
 
 
@@ -101,14 +101,14 @@ class DiT(nnx.Module):
             c = c + layers.embed_label(self.label, cond, len(c_noise), self.num_classes)
         return c
 
-    def blocks(self, h: jax.Array, c: jax.Array, first: int, end: int) -> jax.Array:
+    def blocks(self, h: jax.Array, c: jax.Array, first: int, end: int, trains: bool = False) -> jax.Array:
         """Blocks first .. end - 1 of the stack."""
 
         def body(block, h, _):
             return self.constrain(block(self.constrain(h), c, self.constrain)), None
 
         if (first, end) == (0, self.depth):
-            return transformer.scan(body, self.stack, h, remat=self.remat, unroll=self.unroll)[0]
+            return transformer.scan(body, self.stack, h, remat=self.remat, unroll=self.unroll, trains=trains)[0]
         graph, state = nnx.split(self.stack)
         pure = nnx.to_pure_dict(state)
 
@@ -145,7 +145,7 @@ class DiT(nnx.Module):
             h = (h + inner(residual, h)).astype(self.dtype)
             h = self.blocks(h, c, self.depth - depth, self.depth)
         else:
-            h = self.blocks(h, c, 0, self.depth)
+            h = self.blocks(h, c, 0, self.depth, trains=key is not None)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
         h = self.head(modulate(self.norm, h, shift, scale)).astype(jnp.float32)
         out = transformer.unpatchify(h, self.patch, height, width)[..., : self.out_channels]
@@ -171,7 +171,7 @@ def dit(
     learn_variance: bool = False,  # twice the output channels
     cond_channels: int = 0,  # channels of cond["image"], concatenated to the input
     remat: str = "none",  # in the backward pass: none; "dots" recomputes all but weight matmuls; "full" whole blocks
-    unroll: int = 1,  # blocks a turn of the scan; without remat, `depth` of them hold the least memory on GPU
+    unroll: int = 0,  # blocks a turn of the scan; 0: in training without remat all, else 1 (transformer.turn)
     dtype: str = "float32",  # of matmuls and of the residual stream
     constrain: Constraint = UNCONSTRAINED,  # sharding of activations, see sharding.py
 ) -> Network:

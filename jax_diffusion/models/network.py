@@ -16,7 +16,7 @@ class Network(NamedTuple):
     """init(key) -> params;  apply(params, x, c_noise, cond, key=None) -> prediction.
 
     x [B, ...] float32, c_noise [B] float32, cond a dict of [B, ...] arrays ("label", "image") or {}.
-    key: switches dropout on and decides it; None runs the network as for sampling.
+    key: for training: switches dropout on and decides it; None runs the network as for sampling.
 
     project(params) -> params: what training does to the parameters after every update (EDM2's forced weight
         normalisation); what `init` gives is projected already. None is nothing.

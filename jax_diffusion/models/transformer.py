@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_diffusion import lowering
 from jax_diffusion.attention import attention, split_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
@@ -19,12 +20,10 @@ from jax_diffusion.sharding import UNCONSTRAINED, Constraint
 
 # What the backward pass finds stored. "dots": the outputs of the matmuls with weights, of which there are few and
 # which cost the most; attention and everything elementwise is computed again.
-REMAT = {
-    "none": lambda f: f,
-    "full": lambda f: jax.checkpoint(f, prevent_cse=False),  # a scan does not let XLA undo it
-    "dots": lambda f: jax.checkpoint(
-        f, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
+REMAT: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "full": {},
+    "dots": {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable},
 }
 
 
@@ -54,7 +53,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
         b, t, d = x.shape
         q, k, v = split_qkv(self.qkv(x), self.heads) if constrain.tensor == 1 else self._by_heads(x, constrain)
-        y = attention(q, k, v)
+        y = attention(q, k, v, constrain)
         return constrain.whole(self.out(constrain.features(y.reshape(b, t, d), 2)))
 
     def _by_heads(self, x: jax.Array, constrain: Constraint) -> Sequence[jax.Array]:
@@ -73,10 +72,9 @@ class SelfAttention(nnx.Module):
         return [part[:, :, 0] for part in jax.lax.split(constrain.features(y, 3), (1, 1, 1), axis=2)]
 
 
-@functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)
 def gelu(x: jax.Array, tanh: bool) -> jax.Array:
     """GELU, computed again in the backward pass: its gradient would keep three more arrays of this size."""
-    return jax.nn.gelu(x, approximate=tanh)
+    return lowering.recomputed(functools.partial(jax.nn.gelu, approximate=tanh))(x)
 
 
 class FeedForward(nnx.Module):
@@ -114,21 +112,38 @@ def scan(
     *,
     reverse: bool = False,
     remat: str = "none",
-    unroll: int = 1,
+    unroll: int = 0,
+    trains: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """`x, y = body(block, x, x_i)` for each block of a stack: (the last x, the y's stacked). Compiled once.
+    """`x, y = body(block, x, x_i)` for each block of a stack: (the last x, the y's stacked).
 
     xs: what each block is given beside x, stacked.  reverse: the last block runs first.  remat: a name in REMAT.
-    unroll: blocks a turn of the loop; more take longer to compile, and XLA stores less between them.
+    unroll: blocks a turn of the loop, which are compiled each by itself; 0: see `turn`.  trains: for a gradient.
     """
     graph, state = nnx.split(stack)
+    layers = (nnx.to_pure_dict(state), xs)
+    depth = len(jax.tree.leaves(layers)[0])
+    unroll = min(unroll or turn(depth, remat, trains), depth)
 
-    @REMAT[remat]
     def step(x, layer):
         params, x_i = layer
         return body(nnx.merge(graph, params), x, x_i)
 
-    return jax.lax.scan(step, x, (nnx.to_pure_dict(state), xs), reverse=reverse, unroll=unroll)
+    options = REMAT[remat]
+    if options is not None:
+        # Between the turns of a loop XLA cannot undo it by finding the same thing computed before.
+        step = jax.checkpoint(step, prevent_cse=unroll == depth, **options)
+    return jax.lax.scan(step, x, layers, reverse=reverse, unroll=unroll)
+
+
+def turn(depth: int, remat: str, trains: bool) -> int:
+    """Blocks a turn of the loop where nobody says.
+
+    In training all. What a loop keeps for the gradient it writes into stacks and reads from there, which takes more
+    time and memory than the compilation of every block is worth (docs/benchmarks.md). With remat little is kept, and
+    without a gradient nothing: then one, compiled once.
+    """
+    return depth if trains and remat == "none" else 1
 
 
 def position_embedding(height: int, width: int, features: int) -> np.ndarray:

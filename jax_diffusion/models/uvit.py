@@ -104,7 +104,7 @@ class UViT(nnx.Module):
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: dict, key: jax.Array | None) -> jax.Array:
         x = layers.with_image(x, cond)
         h = self.constrain(self.tokens(x, c_noise, cond))
-        options = {"remat": self.remat, "unroll": self.unroll}
+        options = {"remat": self.remat, "unroll": self.unroll, "trains": key is not None}
 
         def give(block, h, _):
             h = self.constrain(block(self.constrain(h), constrain=self.constrain))
@@ -141,7 +141,7 @@ def uvit(
     learn_variance: bool = False,  # twice the output channels
     cond_channels: int = 0,  # channels of cond["image"], concatenated to the input
     remat: str = "none",  # in the backward pass: none; "dots" recomputes all but weight matmuls; "full" whole blocks
-    unroll: int = 1,  # blocks a turn of each scan
+    unroll: int = 0,  # blocks a turn of each scan; 0: in training without remat all, else 1 (transformer.turn)
     dtype: str = "float32",  # of matmuls and of the residual stream
     constrain: Constraint = UNCONSTRAINED,  # sharding of activations, see sharding.py
 ) -> Network:

@@ -1,8 +1,9 @@
-"""The layers of a scan: their leading axis counts layers, for sharding and for weight decay."""
+"""The layers of a scan: their leading axis counts layers, for sharding and for weight decay; how many run in a turn."""
 
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,3 +60,53 @@ def test_weight_decay_spares_stacked_biases_and_norms():
     paths = {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     assert moved == {p for p in paths if p.endswith("kernel")} | {"position"}
     assert "out_stack/skip/kernel" in moved and "in_stack/norm1/scale" in paths
+
+
+def small(name, **options):
+    return models.make(name, (4, 4, 1), size="", width=16, depth=4, heads=2, patch=2, **options)
+
+
+def loss(network, key=None):
+    return lambda params: jnp.sum(network.apply(params, jnp.ones((2, 4, 4, 1)), jnp.ones(2), key=key) ** 2)
+
+
+def turns(network, key, function=jax.grad):
+    """Layers of each loop of the program, and those in one turn of it."""
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    jaxpr = jax.make_jaxpr(function(loss(network, key)))(params)
+    return {(e.params["length"], e.params["unroll"]) for e in jaxpr.eqns if e.primitive.name == "scan"}
+
+
+@pytest.mark.parametrize("name, length", [("dit", 4), ("uvit", 2)])
+def test_layers_are_all_in_one_turn_where_they_would_leave_stacks_for_the_gradient(name, length):
+    key = jax.random.key(1)
+    assert turns(small(name), key) == {(length, length)}
+    assert turns(small(name), None, lambda f: f) == {(length, 1)}  # sampling
+    assert turns(small(name, remat="full"), key) == turns(small(name, remat="dots"), key) == {(length, 1)}
+    assert turns(small(name, unroll=1), key) == {(length, 1)}
+    assert turns(small(name, unroll=99, remat="full"), key) == {(length, length)}
+
+
+@pytest.mark.parametrize("name", ["dit", "uvit"])
+def test_the_gradient_does_not_know_how_many_layers_a_turn_has(name):
+    key = jax.random.key(1)
+    params = small(name).init(jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)  # no zeros
+    once = jax.jit(jax.grad(loss(small(name, unroll=1), key)))(params)
+    for options in ({}, {"unroll": 2}, {"unroll": 4, "remat": "full"}):
+        other = jax.jit(jax.grad(loss(small(name, **options), key)))(params)
+        for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(other), strict=True):
+            # The order of sums is XLA's: a few roundings of float32.
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+
+
+def test_remat_in_one_turn_computes_again():
+    """Outside of a loop XLA would find what it computed before, and keep it."""
+    params = small("dit").init(jax.random.key(0))
+
+    def tanh(**options):
+        network = small("dit", unroll=4, **options)
+        text = jax.jit(jax.grad(loss(network, jax.random.key(1)))).lower(params).compile().as_text()
+        return text.count(" exponential(") + text.count(" tanh(")
+
+    assert tanh(remat="full") > tanh()

@@ -5,7 +5,7 @@ from gates import checks
 
 pytestmark = pytest.mark.skipif(bool(checks.missing()), reason=checks.missing())
 TARGET = "h100:8"
-ATTENTIONS = {"unet": 4, "dit": 1}  # in the text: DiT's four blocks are one loop
+ATTENTIONS = {"unet": 4, "dit": 4}  # of DiT one a block: in training they are no loop
 
 
 @pytest.fixture(scope="module", params=checks.NETWORKS)
