@@ -38,26 +38,28 @@ def differentiable_forward():
         _forward_mode.reset(token)
 
 
-# From so many tokens on, TPUs run the kernel that never stores the T x S weights; below, XLA's products are as fast.
+# From so many tokens on, TPUs run the kernel that never stores the T x S weights: where it is said to pay; no TPU was
+# at hand to measure it.
 SPLASH_TOKENS = 1024
 
 
 def attention(
-    q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array, constrain: Constraint | None = None
+    q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array, constrain: Constraint = UNCONSTRAINED
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v for each head, [B, T, N, D]; the softmax in float32.
 
     cuDNN's where the program is compiled for NVIDIA and it takes the shapes (bfloat16, heads of a multiple of 8), and
     the splash kernel where it is for TPU and there are many tokens: neither stores the T x S weights. On CPUs with the
     heads before the tokens; else XLA's.
-    constrain: where q, k and v lie; without it no splash kernel, which XLA cannot cut over devices by itself.
+    constrain: where q, k and v lie. UNCONSTRAINED (a network that is built before its mesh is known, to sample) gets no
+        splash kernel, which XLA cannot cut over devices by itself.
     """
     q, k, v = q_BxTxNxD, k_BxSxNxD, v_BxSxNxD
     if lowering.target() == "cpu":
         return _heads_first(q, k, v)
     fused = {}
     if lowering.target() == "tpu":
-        if constrain is not None and _splash_takes(q, k, constrain):
+        if constrain is not UNCONSTRAINED and _splash_takes(q, k, constrain):
             fused["tpu"] = functools.partial(splash, constrain=constrain)
     elif _cudnn_takes(q.shape, k.shape, q.dtype):
         fused["cuda"] = _cudnn

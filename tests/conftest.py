@@ -14,7 +14,7 @@ _cache = tempfile.TemporaryDirectory(prefix="jax_diffusion_tests_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
-# A quarter of the time to compile (7.0 to 3.2 s, a transformer's 3.9 to 0.9, of which the fusions' emitters are most);
+# Half the time to compile or less (7.0 to 3.2 s, a transformer's 3.9 to 0.9; the fusions' emitters are most of it);
 # nothing here runs long enough to miss the code that would have been made.
 os.environ.setdefault(
     "XLA_FLAGS",

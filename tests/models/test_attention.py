@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_diffusion import attention, lowering
-from jax_diffusion.sharding import UNCONSTRAINED
+from jax_diffusion.sharding import UNCONSTRAINED, Constraint
 
 
 def draw(dtype, tokens=256, memory=256):
@@ -31,7 +31,10 @@ def test_splash_is_xlas_attention_both_ways(dtype, tolerance, memory):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-def kernels(tokens, constrain=UNCONSTRAINED, platform="tpu"):
+PLACED = Constraint()  # of one device
+
+
+def kernels(tokens, constrain=PLACED, platform="tpu"):
     """Kernels in the program of attention and its gradient."""
     shape = jax.ShapeDtypeStruct((2, tokens, 2, 64), jnp.bfloat16)
 
@@ -46,7 +49,7 @@ def kernels(tokens, constrain=UNCONSTRAINED, platform="tpu"):
 def test_tpus_run_it_where_there_are_many_tokens():
     assert kernels(1024) == 3  # forward, of q, of k and v
     assert kernels(256) == kernels(1026) == 0  # few; no whole blocks of them
-    assert kernels(1024, None) == 0  # who knows where they lie
+    assert kernels(1024, UNCONSTRAINED) == 0  # who knows where they lie
     assert kernels(1024, platform="cpu") == 0
     with attention.differentiable_forward():
         assert kernels(1024) == 0
