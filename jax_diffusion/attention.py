@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_diffusion import lowering
@@ -17,7 +18,6 @@ _forward_mode = contextvars.ContextVar("forward_mode", default=False)
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
-@functools.cache
 def _cudnn_takes(query: tuple[int, ...], memory: tuple[int, ...], dtype) -> bool:
     """Whether JAX can trace cuDNN's attention of these shapes; what it takes is JAX's to know."""
     q, k = jax.ShapeDtypeStruct(query, dtype), jax.ShapeDtypeStruct(memory, dtype)
@@ -130,5 +130,28 @@ def split_qkv(qkv_BxTx3ND: jax.Array, heads: int) -> tuple[jax.Array, jax.Array,
     """
     b, t, width = qkv_BxTx3ND.shape
     parts = jax.lax.split(qkv_BxTx3ND, (width // 3,) * 3, axis=2)
+    q, k, v = (part.reshape(b, t, heads, -1) for part in parts)
+    return q, k, v
+
+
+def project_qkv(qkv: nnx.Linear, x_BxTxC: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k and v, [B, T, N, D] each: split_qkv(qkv(x), heads).
+
+    For TPU with a product for each third of the matrix. The gradient of the split puts three arrays together, for which
+    its compiler copies all of it once more: 10 % of the cycles of a block of attention or of DiT-S/2's whole step on
+    v5e. On NVIDIA one product is better, by 4 % of DiT-S/2's traffic on an H100.
+    """
+    if lowering.target() != "tpu":
+        return split_qkv(qkv(x_BxTxC), heads)
+    dtype = qkv.dtype or x_BxTxC.dtype
+    b, t, _ = x_BxTxC.shape
+
+    def thirds(parameter):
+        array = parameter[...].astype(dtype)
+        return jax.lax.split(array, (array.shape[-1] // 3,) * 3, axis=array.ndim - 1)
+
+    parts = [x_BxTxC.astype(dtype) @ kernel for kernel in thirds(qkv.kernel)]
+    if qkv.bias is not None:
+        parts = [y + bias[None, None] for y, bias in zip(parts, thirds(qkv.bias), strict=True)]
     q, k, v = (part.reshape(b, t, heads, -1) for part in parts)
     return q, k, v

@@ -41,8 +41,10 @@ Rules = Sequence[str | tuple[str, str | tuple]]  # (regex searched in the path o
 _BLOCK = r"(^|/)(\w*stack|middle)/"
 # Looked up by row, a table of labels cut by features would have its rows sent about.
 _TABLE = ("(^|/)label/embedding$", "replicated")
+# On TPU that matrix is used in thirds of its outputs (attention.project_qkv): cut along them, they would be sent about.
+_QKV = ("(^|/)qkv/kernel$", "inputs"), ("(^|/)qkv/bias$", "replicated")
 RULES: dict[str, Rules] = {
-    "largest": (_TABLE, (".*", "largest")),
+    "largest": (_TABLE, *_QKV, (".*", "largest")),
     "tensor": (
         (_BLOCK + "attention/qkv/kernel$", "inputs"),
         (_BLOCK + "(attention/out|mlp/down)/kernel$", "rows"),

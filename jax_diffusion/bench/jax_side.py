@@ -4,6 +4,7 @@ Variants: `default`; on accelerators also `k10`, ten training steps in one dispa
 default is not: `scanned`, training with one loop over the blocks, or `unrolled`, the other modes without one.
 """
 
+import collections
 import functools
 import pathlib
 import time
@@ -20,7 +21,7 @@ from jax_diffusion.bench import cases, worker
 from jax_diffusion.data import augment
 from jax_diffusion.errors import UserError
 from jax_diffusion.solvers import noise
-from jax_diffusion.train import flops, program
+from jax_diffusion.train import flops, program, report
 from jax_diffusion.train import state as train_state
 
 K = {"k10": 10}  # training steps in one dispatch
@@ -160,9 +161,12 @@ class Side:
         data = jax.device_put(data, sharding.batch_sharding(built.mesh, leading=int(steps > 1)))
 
         def run(n: int) -> None:
-            state = holder.pop()
+            state, flying = holder.pop(), collections.deque[Any]()
             for _ in range(n // steps):
                 state, metrics = compiled(state, data)
+                flying.append(metrics)
+                if len(flying) > report.Meter.IN_FLIGHT:  # as far ahead as the trainer
+                    jax.block_until_ready(flying.popleft())
             holder.append(state)
             if not np.isfinite(jax.device_get(metrics["loss"])).all():
                 raise FloatingPointError("the loss is not finite")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_diffusion.attention import attention, split_qkv
+from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.errors import choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module
@@ -39,7 +39,7 @@ class AttentionPool(nnx.Module):
         b, h, w, c = x.shape
         x = x.reshape(b, h * w, c)
         x_BxNxC = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + self.position[...][None]
-        q, k, v = split_qkv(self.qkv(x_BxNxC), self.heads)
+        q, k, v = project_qkv(self.qkv, x_BxNxC, self.heads)
         return self.out(attention(q[:, :1], k, v).reshape(b, c))
 
 

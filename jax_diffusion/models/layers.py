@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_diffusion.attention import attention, split_qkv
+from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.models.norm import GroupNorm
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -135,19 +135,36 @@ def upsample(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
-def conv_of_upsampled(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+def unbiased(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """conv(x) without its bias, for a caller who adds that to [B, C] numbers instead: to an array as large as the
+    output, its gradient is a sum over all of that."""
+    x, kernel = _operands(conv, x)
+    return jax.lax.conv_general_dilated(x, kernel, conv.strides, conv.padding, dimension_numbers=NHWC)
+
+
+def _operands(conv: nnx.Conv, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x and the kernel in the type that `conv` computes in."""
+    dtype = conv.dtype or jnp.result_type(x, conv.kernel[...])
+    return x.astype(dtype), conv.kernel[...].astype(dtype)
+
+
+def conv_of_upsampled(conv: nnx.Conv, x: jax.Array, *, biased: bool = True) -> jax.Array:
     """conv(upsample(x)) for a 3x3 convolution that keeps the size. [B, H, W, C] -> [B, 2H, 2W, out].
 
     On CPUs as four 2x2 convolutions of x, one for each parity of row and column: of the 3x3 pixels that an output sees
     some are copies of one another, whose weights add up. 4/9 of the products, and nothing is copied. Elsewhere a
     bandwidth, not the products, is likely to bound it, and there it was not measured.
+
+    biased: False leaves out the bias, see `unbiased`.
     """
 
-    def plainly(x, kernel, bias):
-        y = jax.lax.conv_general_dilated(upsample(x), kernel, (1, 1), "SAME", dimension_numbers=NHWC)
-        return y + bias[None, None, None]
+    def plus(y, bias):
+        return y + bias[0][None, None, None] if bias else y
 
-    def by_parity(x, kernel, bias):
+    def plainly(x, kernel, *bias):
+        return plus(jax.lax.conv_general_dilated(upsample(x), kernel, (1, 1), "SAME", dimension_numbers=NHWC), bias)
+
+    def by_parity(x, kernel, *bias):
         b, h, w, _ = x.shape
 
         def merged(k, parity, axis):  # rows (or columns) -1, 0, 1 of the large image, on those of the small one
@@ -157,14 +174,14 @@ def conv_of_upsampled(conv: nnx.Conv, x: jax.Array) -> jax.Array:
         def convolve(row, column):
             k = merged(merged(kernel, row, 0), column, 1)
             pads = ((1 - row, row), (1 - column, column))
-            return jax.lax.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NHWC) + bias[None, None, None]
+            return plus(jax.lax.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NHWC), bias)
 
         y = jnp.stack([jnp.stack([convolve(i, j) for j in (0, 1)], axis=3) for i in (0, 1)], axis=2)
         return y.reshape(b, 2 * h, 2 * w, -1)
 
-    dtype = conv.dtype or jnp.result_type(x, conv.kernel[...])
-    x, kernel, bias = x.astype(dtype), conv.kernel[...].astype(dtype), conv.bias[...].astype(dtype)  # type: ignore[index]
-    return jax.lax.platform_dependent(x, kernel, bias, cpu=by_parity, default=plainly)
+    x, kernel = _operands(conv, x)
+    bias = (conv.bias[...].astype(x.dtype),) if biased else ()  # type: ignore[index]
+    return jax.lax.platform_dependent(x, kernel, *bias, cpu=by_parity, default=plainly)
 
 
 def downsample(x: jax.Array) -> jax.Array:
@@ -217,7 +234,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         y = x if self.norm is None else self.norm(x)
-        q, k, v = split_qkv(self.qkv(y.reshape(b, h * w, c)), self.heads)
+        q, k, v = project_qkv(self.qkv, y.reshape(b, h * w, c), self.heads)
         y = attention(q, k, v)
         x = x + self.out(y.reshape(b, h * w, c)).reshape(x.shape).astype(x.dtype)
         return x if self.scale == 1 else x / self.scale

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_diffusion.attention import attention, split_qkv
+from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module
@@ -117,7 +117,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
-        q, k, v = split_qkv(self.qkv(self.norm(x).reshape(b, height * width, c)), self.heads)
+        q, k, v = project_qkv(self.qkv, self.norm(x).reshape(b, height * width, c), self.heads)
         if self.memory is not None:
             extra = jnp.broadcast_to(self.memory[...].astype(k.dtype)[:, None], (2, b, *self.memory.shape[1:]))
             k, v = jnp.concatenate([extra[0], k], 1), jnp.concatenate([extra[1], v], 1)

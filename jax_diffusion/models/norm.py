@@ -47,6 +47,8 @@ class GroupNorm(nnx.Module):
 
 
 def _apply(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    if target() == "tpu":
+        x = _own_gradient(x)
     a, b = (v.reshape(v.shape[0], *(1,) * (x.ndim - 2), v.shape[-1]) for v in (a, b))
     return x.astype(jnp.float32) * a + b
 
@@ -74,6 +76,21 @@ def activate(
     return (jax.checkpoint(run) if target() == "cpu" else run)(x, a, b, keep)
 
 
+@jax.custom_jvp
+def _own_gradient(x: jax.Array) -> jax.Array:
+    """x, whose gradient is rounded to x's type and stored before others are added to it.
+
+    On TPU the convolution that makes this gradient also sums it, for a and b, and writes it down for the pass that adds
+    what follows from the sums. Left alone XLA writes it in float32.
+    """
+    return x
+
+
+@_own_gradient.defjvp
+def _(primals, tangents):
+    return primals[0], jax.lax.optimization_barrier(tangents[0])
+
+
 WORDS = 65536  # of sixteen bits
 
 
@@ -96,9 +113,13 @@ def kept(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
 
     Sixteen random bits an element: JAX draws 32 for each, and that is a tenth of a small block's time.
     """
-    half = -(-shape[-1] // 2)
-    words = jax.random.bits(key, (*shape[:-1], half), jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*shape[:-1], 2 * half)[..., : shape[-1]]
+    # A word's halves lie half an array apart, not beside each other: to interleave them takes a TPU longer than to
+    # draw them. Along the axis after the batch, which is the one that devices share.
+    axis = min(1, len(shape) - 1)
+    half = -(-shape[axis] // 2)
+    words = jax.random.bits(key, (*shape[:axis], half, *shape[axis + 1 :]), jnp.uint32)
+    halves = words.astype(jnp.uint16), (words >> 16).astype(jnp.uint16)
+    bits = jax.lax.slice_in_dim(jnp.concatenate(halves, axis), 0, shape[axis], axis=axis)
     return jnp.ones(shape, bool) if _limit(rate) == WORDS else bits < jnp.uint16(_limit(rate))
 
 

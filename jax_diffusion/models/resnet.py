@@ -59,14 +59,18 @@ class ResBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, emb_BxE: jax.Array, key: jax.Array | None) -> jax.Array:
         h = activate(x, *self.norm1.affine(x), self.activation)
-        h = layers.conv_of_upsampled(self.conv1, h) if self.up else self.conv1(self.resample(h))
+        if self.up:
+            h = layers.conv_of_upsampled(self.conv1, h, biased=False)
+        else:
+            h = layers.unbiased(self.conv1, self.resample(h))
         e_BxC = self.embed(self.activation(emb_BxE)).astype(jnp.float32)
+        bias_C = self.conv1.bias[...]
         if self.scale_shift:
             scale, shift = jnp.split(e_BxC, 2, axis=-1)
-            a, b = self.norm2.affine(h)
+            a, b = self.norm2.affine(h, jnp.broadcast_to(bias_C, scale.shape))
             a, b = a * (1 + scale), b * (1 + scale) + shift
         else:
-            a, b = self.norm2.affine(h, e_BxC)
+            a, b = self.norm2.affine(h, e_BxC + bias_C[None])
         h = activate(h, a, b, self.activation, rate=self.dropout, key=key)
         h = self.conv2(h)
         x = self.resample(x)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jax_diffusion import lowering
-from jax_diffusion.attention import attention, split_qkv
+from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
 from jax_diffusion.sharding import UNCONSTRAINED, Constraint
@@ -52,7 +52,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
         b, t, d = x.shape
-        q, k, v = split_qkv(self.qkv(x), self.heads) if constrain.tensor == 1 else self._by_heads(x, constrain)
+        q, k, v = project_qkv(self.qkv, x, self.heads) if constrain.tensor == 1 else self._by_heads(x, constrain)
         y = attention(q, k, v, constrain)
         return constrain.whole(self.out(constrain.features(y.reshape(b, t, d), 2)))
 

@@ -1,12 +1,12 @@
 """NVIDIA GPUs to compile for that are not at hand. XLA is told what one is and compiles as on it, autotuning apart.
 
 XLA's plugin is enough, `pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`: no GPU, driver or CUDA libraries.
-JAX traces cuDNN's attention only where cuDNN is installed too (nvidia-cudnn-cu13); elsewhere XLA's own is compiled.
 
 Memory is that of `memory_analysis()`. Convolutions and attention are calls of cuDNN, whose workspaces and times are
 unknown before it runs; nothing is timed, `cost_analysis()` is empty.
 """
 
+import contextlib
 import importlib.util
 import os
 from typing import NamedTuple
@@ -33,6 +33,7 @@ class Architecture(NamedTuple):
 
 
 MiB, KiB = 2**20, 2**10
+CUDNN = (9, 10)  # the version that is compiled for
 
 ARCHITECTURES = {
     "a100": Architecture("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 40 * MiB, 164 * KiB, 163 * KiB),
@@ -71,10 +72,29 @@ gpu_device_info {{
   block_dim_limit_z: 65535
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }}
+dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
 runtime_version {{ major: 13 }}
 device_description_str: "{gpu.device}"
 """
+
+
+@contextlib.contextmanager
+def tracing_for(name: str):
+    """Within it JAX traces cuDNN's attention where the GPU `name` would have it: JAX asks a GPU that is there for the
+    width of the heads that it takes, and for an installed cuDNN. One GPU a process: JAX remembers what it traced."""
+    from jax._src.cudnn import fused_attention_stablehlo as attention
+
+    capability = ARCHITECTURES[name].capability
+    answers = {
+        "check_cudnn_version": lambda: 10_000 * CUDNN[0] + 100 * CUDNN[1],
+        "check_compute_capability": lambda asked: capability >= tuple(map(int, asked.split("."))),
+    }
+    before = {question: getattr(attention, question) for question in answers}
+    vars(attention).update(answers)
+    try:
+        yield
+    finally:
+        vars(attention).update(before)
 
 
 def devices(name: str, count: int) -> list:

@@ -47,7 +47,8 @@ class Planner:
     def _program(self, sizes: dict[str, int], batch: int, remat: Any = None):
         mesh = self.mesh(sizes)
         sharding.check_batch(mesh, batch, self.config.train.accumulate, "--batch")
-        return programs.train(self._with(sizes, batch, remat), self.shape, self.classes, mesh)
+        with targets.tracing_for(self.topology):
+            return programs.train(self._with(sizes, batch, remat), self.shape, self.classes, mesh)
 
     def train(
         self, sizes: dict[str, int], batch: int, remat: Any = None, of: tuple[int, int] | None = None
@@ -67,7 +68,8 @@ class Planner:
         batch = -(-batch // parts) * parts
         steps = self.config.sampling.steps
         self.stage(f"sampler, {self.config.sampling.solver} with {steps} steps, {said(sizes)}, batch {batch:,}")
-        parameters, traced = programs.sampler(self.config, self.shape, self.classes, mesh, batch)
+        with targets.tracing_for(self.topology):
+            parameters, traced = programs.sampler(self.config, self.shape, self.classes, mesh, batch)
         compiled = programs.compile(traced, self.topology, self.cache)
         return self._estimate("sample", compiled, batch, {"parameters": parameters}, flops.count(traced.jaxpr))
 

@@ -1,5 +1,6 @@
 """Accelerators that are not at hand: their names, and devices that programs can be compiled for and not run on."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -85,6 +86,21 @@ def devices(name: str) -> list:
 
         return jax.devices("cpu")[: topology.count]
     return _tpu_devices(topology)
+
+
+@contextlib.contextmanager
+def tracing_for(name: str):
+    """What is traced within is what JAX would trace where the devices of the topology `name` are."""
+    from jax_diffusion import lowering
+
+    topology = parse(name)
+    with contextlib.ExitStack() as stack:
+        if topology.family == "cuda":
+            from jax_diffusion.plan import cuda
+
+            stack.enter_context(cuda.tracing_for(topology.kind))
+        stack.enter_context(lowering.compiling_for(topology.family))
+        yield
 
 
 def _tpu_devices(topology: Topology) -> list:

@@ -39,8 +39,10 @@ def compare(tmp_path, monkeypatch):
 
 def test_each_variant_has_rounds_of_jax_beside_it(compare):
     result, log, order = compare()
-    assert order == [[name, 3] for name in ("default", "eager", "eager", "default",
-                                            "default", "compile", "compile", "default")]  # fmt: skip
+    # A round that does not count, in which the fake is slow, and two that do.
+    assert order == [[name, 3] for name in ("default", "eager", "default", "eager", "eager", "default",
+                                            "default", "compile", "default", "compile", "compile", "default",
+    )]  # fmt: skip
     rows = {row["variant"]: row for row in result["rows"]}
     assert rows["eager"]["ratio"]["median"] == pytest.approx(2)
     assert rows["compile"]["best_of_torch"] and rows["default"]["ratio"]["median"] == pytest.approx(1.5)
@@ -120,7 +122,7 @@ except KeyboardInterrupt:
     )
     order = tmp_path / "order.txt"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (order.exists() and len(order.read_text().splitlines()) > 2):
+    while time.monotonic() < deadline and not (order.exists() and len(order.read_text().splitlines()) > 4):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)

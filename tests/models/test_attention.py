@@ -1,9 +1,12 @@
 """The splash kernel beside XLA's attention, as far as it can be known without a TPU: interpreted, and lowered."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jax_diffusion import attention, lowering
 from jax_diffusion.sharding import UNCONSTRAINED, Constraint
@@ -53,3 +56,26 @@ def test_tpus_run_it_where_there_are_many_tokens():
     assert kernels(1024, platform="cpu") == 0
     with attention.differentiable_forward():
         assert kernels(1024) == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_q_k_and_v_are_the_same_for_every_platform(bias):
+    """One product or three, values and gradients."""
+    linear = nnx.Linear(12, 24, use_bias=bias, rngs=nnx.Rngs(0))
+    if bias:
+        linear.bias[...] = jax.random.normal(jax.random.key(1), (24,))
+    graph, params = nnx.split(linear)
+    x = jax.random.normal(jax.random.key(2), (2, 5, 12))
+
+    def total(params, x):
+        parts = attention.project_qkv(nnx.merge(graph, params), x, 2)
+        return sum(jnp.sum(jnp.sin((i + 1) * part)) for i, part in enumerate(parts))
+
+    found = {}
+    for platform in ("cpu", "tpu"):
+        with lowering.compiling_for(platform):
+            found[platform] = jax.tree.leaves(jax.value_and_grad(total, (0, 1))(params, x))
+            products = str(jax.make_jaxpr(functools.partial(total, params))(x)).count("dot_general")
+            assert products == (3 if platform == "tpu" else 1)
+    for a, b in zip(found["cpu"], found["tpu"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())  # the order of sums

@@ -2,11 +2,14 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from jax_diffusion import hardware
+from jax_diffusion import attention, hardware
 from jax_diffusion.errors import UserError
-from jax_diffusion.plan import cuda
+from jax_diffusion.plan import cuda, targets
 
 
 @pytest.mark.parametrize("name", cuda.ARCHITECTURES)
@@ -37,3 +40,16 @@ def test_jax_must_not_start_the_plugin_itself(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     with pytest.raises(UserError, match="JAX_PLATFORMS=cpu"):
         cuda.devices("a100", 1)
+
+
+@pytest.mark.parametrize(("name", "width", "cudnn"), [("h100:1", 256, True), ("a100:1", 256, False),
+                                                      ("a100:1", 128, True), ("h100:1", 12, False)])  # fmt: skip
+def test_attention_is_traced_as_on_the_gpu(name, width, cudnn):
+    """By the limits of cuDNN's manual: heads of up to 256 on Hopper, 128 before, multiples of 8."""
+    # JAX keeps what it has traced: no two GPUs have the same shape here, as no process plans for both.
+    q = jax.ShapeDtypeStruct((2 + list(cuda.ARCHITECTURES).index(name[:4]), 64, 1, width), jnp.bfloat16)
+    before = dict(vars(fused_attention_stablehlo))
+    with targets.tracing_for(name):
+        traced = str(jax.make_jaxpr(attention.attention)(q, q, q))
+    assert ("dot_product_attention_fwd" in traced) == cudnn
+    assert dict(vars(fused_attention_stablehlo)) == before
