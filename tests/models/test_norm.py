@@ -125,14 +125,28 @@ def test_forward_mode_goes_through_attention():
     assert "cudnn" not in str(jaxpr) and np.all(np.isfinite(tangent))
 
 
-def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
+@pytest.fixture
+def fresh_options():
     lowering.compiler_options.cache_clear()
-    assert lowering.compiler_options("cpu") == lowering.OPTIONS["cpu"]  # of every supported version
-    monkeypatch.setitem(lowering.OPTIONS, "cpu", {"xla_cpu_no_such_option": True})
+    yield
+    lowering.compiler_options.cache_clear()
+
+
+def test_options_that_xla_does_not_know_are_left_out(monkeypatch, fresh_options):
+    assert lowering.compiler_options("cpu") in lowering._wished("cpu")  # of every supported version
+    monkeypatch.setattr(lowering, "_wished", lambda platform: [{"xla_cpu_no_such_option": True}] * (platform == "cpu"))
     lowering.compiler_options.cache_clear()
     assert lowering.compiler_options("cpu") is None and lowering.compiler_options("tpu") is None
     assert lowering.jit(lambda x: x + 1)(1) == 2
-    lowering.compiler_options.cache_clear()
+
+
+@pytest.mark.parametrize("vendor, library", [("GenuineIntel", "onednn_fusion"), ("AuthenticAMD", "ynn_fusion")])
+def test_products_are_left_to_the_library_that_was_faster(monkeypatch, fresh_options, vendor, library):
+    monkeypatch.setattr(lowering, "_vendor", lambda: vendor)
+    a = jnp.asarray(draw(40, 30))
+    compiled = lowering.jit(lambda a: a @ a.T, "cpu").lower(a).compile()
+    assert library in compiled.as_text()
+    np.testing.assert_allclose(compiled(a), np.asarray(a) @ np.asarray(a).T, rtol=1e-5, atol=1e-5)
 
 
 def test_memory_is_kept_on_cpus_alone():
