@@ -52,7 +52,7 @@ def _does(options: dict[str, Any]) -> bool:
     except Exception:  # an option of another version: XLA names it in errors of several types
         return False
     # A build without oneDNN knows its options and goes by none.
-    return "xla_cpu_use_onednn" not in options or "onednn" in compiled.as_text()
+    return "xla_cpu_use_onednn" not in options or "onednn" in (compiled.as_text() or "")
 
 
 def jit(function: Callable, platform: str | None = None, **options: Any) -> Callable:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,13 @@ def unbiased(conv: nnx.Conv, x: jax.Array) -> jax.Array:
     """conv(x) without its bias, for a caller who adds that to [B, C] numbers instead: to an array as large as the
     output, its gradient is a sum over all of that."""
     x, kernel = _operands(conv, x)
-    return jax.lax.conv_general_dilated(x, kernel, conv.strides, conv.padding, dimension_numbers=NHWC)
+    strides, padding = cast(tuple[int, int], conv.strides), cast(tuple[tuple[int, int], ...], conv.padding)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def bias(conv: nnx.Conv) -> jax.Array:
+    """The bias [C] that `unbiased` leaves out, float32."""
+    return cast(nnx.Param, conv.bias)[...]
 
 
 def _operands(conv: nnx.Conv, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -158,13 +165,13 @@ def conv_of_upsampled(conv: nnx.Conv, x: jax.Array, *, biased: bool = True) -> j
     biased: False leaves out the bias, see `unbiased`.
     """
 
-    def plus(y, bias):
-        return y + bias[0][None, None, None] if bias else y
+    def plus(y, added):
+        return y + added[0][None, None, None] if added else y
 
-    def plainly(x, kernel, *bias):
-        return plus(jax.lax.conv_general_dilated(upsample(x), kernel, (1, 1), "SAME", dimension_numbers=NHWC), bias)
+    def plainly(x, kernel, *added):
+        return plus(jax.lax.conv_general_dilated(upsample(x), kernel, (1, 1), "SAME", dimension_numbers=NHWC), added)
 
-    def by_parity(x, kernel, *bias):
+    def by_parity(x, kernel, *added):
         b, h, w, _ = x.shape
 
         def merged(k, parity, axis):  # rows (or columns) -1, 0, 1 of the large image, on those of the small one
@@ -174,14 +181,14 @@ def conv_of_upsampled(conv: nnx.Conv, x: jax.Array, *, biased: bool = True) -> j
         def convolve(row, column):
             k = merged(merged(kernel, row, 0), column, 1)
             pads = ((1 - row, row), (1 - column, column))
-            return plus(jax.lax.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NHWC), bias)
+            return plus(jax.lax.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NHWC), added)
 
         y = jnp.stack([jnp.stack([convolve(i, j) for j in (0, 1)], axis=3) for i in (0, 1)], axis=2)
         return y.reshape(b, 2 * h, 2 * w, -1)
 
     x, kernel = _operands(conv, x)
-    bias = (conv.bias[...].astype(x.dtype),) if biased else ()  # type: ignore[index]
-    return jax.lax.platform_dependent(x, kernel, *bias, cpu=by_parity, default=plainly)
+    added = (bias(conv).astype(x.dtype),) if biased else ()
+    return jax.lax.platform_dependent(x, kernel, *added, cpu=by_parity, default=plainly)
 
 
 def downsample(x: jax.Array) -> jax.Array:

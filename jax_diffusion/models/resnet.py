@@ -64,7 +64,7 @@ class ResBlock(nnx.Module):
         else:
             h = layers.unbiased(self.conv1, self.resample(h))
         e_BxC = self.embed(self.activation(emb_BxE)).astype(jnp.float32)
-        bias_C = self.conv1.bias[...]
+        bias_C = layers.bias(self.conv1)
         if self.scale_shift:
             scale, shift = jnp.split(e_BxC, 2, axis=-1)
             a, b = self.norm2.affine(h, jnp.broadcast_to(bias_C, scale.shape))

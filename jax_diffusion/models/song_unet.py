@@ -69,7 +69,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, emb_BxE: jax.Array, key: jax.Array | None) -> jax.Array:
         resize = {"up": filters.upsample, "down": filters.downsample, None: lambda x, _: x}[self.resample]
         h = layers.unbiased(self.conv1, resize(activate(x, *self.norm1.affine(x)), self.taps))
-        a, b = self.norm2.affine(h, self.embed(emb_BxE).astype(jnp.float32) + self.conv1.bias[...][None])
+        a, b = self.norm2.affine(h, self.embed(emb_BxE).astype(jnp.float32) + layers.bias(self.conv1)[None])
         h = self.conv2(activate(h, a, b, rate=self.dropout, key=key))
         x = resize(x, self.taps)
         if self.shortcut is not None:
