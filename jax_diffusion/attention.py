@@ -1,7 +1,5 @@
 """Softmax attention by the fastest implementation of the platform that a program is compiled for."""
 
-import contextlib
-import contextvars
 import functools
 import math
 
@@ -12,8 +10,6 @@ from jax.sharding import PartitionSpec
 
 from jax_diffusion import lowering
 from jax_diffusion.sharding import BATCH, UNCONSTRAINED, Constraint, batch_shards
-
-_forward_mode = contextvars.ContextVar("forward_mode", default=False)
 
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
@@ -26,16 +22,6 @@ def _cudnn_takes(query: tuple[int, ...], memory: tuple[int, ...], dtype) -> bool
     except (RuntimeError, NotImplementedError, ValueError):  # not installed; not of 16 bits, or the heads' width
         return False
     return True
-
-
-@contextlib.contextmanager
-def differentiable_forward():
-    """Within it, `attention` is traced to what forward-mode differentiation takes: cuDNN's has a reverse mode only."""
-    token = _forward_mode.set(True)
-    try:
-        yield
-    finally:
-        _forward_mode.reset(token)
 
 
 # From so many tokens on, TPUs run the kernel that never stores the T x S weights: where it is said to pay; no TPU was
@@ -63,7 +49,7 @@ def attention(
             fused["tpu"] = functools.partial(splash, constrain=constrain)
     elif _cudnn_takes(q.shape, k.shape, q.dtype):
         fused["cuda"] = _cudnn
-    if _forward_mode.get() or not fused:
+    if lowering.forward_mode() or not fused:
         return jax.nn.dot_product_attention(q, k, v)
     return jax.lax.platform_dependent(q, k, v, **fused, default=jax.nn.dot_product_attention)
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_diffusion.attention import differentiable_forward
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.guidance import Denoiser
+from jax_diffusion.lowering import differentiable_forward
 from jax_diffusion.posterior import LOG_2PI
 from jax_diffusion.shapes import mean_per_sample, per_sample
 from jax_diffusion.solvers import noise

@@ -16,36 +16,44 @@ import jax
 # Left to itself, XLA hands convolutions on CPUs to YNNPACK, which runs those of large images on one core and the
 # gradients of all at half of Eigen's rate: they stay with Eigen.
 _PRODUCTS, _SUMS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE"
-_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": f"{_PRODUCTS},{_SUMS}"}
-_ONEDNN = {
+_YNNPACK: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": f"{_PRODUCTS},{_SUMS}"}
+_ONEDNN: dict[str, Any] = {
     "xla_cpu_use_onednn": True,
     "xla_cpu_experimental_onednn_fusion_type": _PRODUCTS,
     "xla_cpu_experimental_ynn_fusion_type": _SUMS,
 }
 
 
-def _wished(platform: str) -> list[dict[str, Any]]:
-    """What to ask for, the best first. oneDNN's products were faster on an Intel processor, and not tried on others."""
-    if platform != "cpu":
-        return []
-    return [_ONEDNN, _YNNPACK] if _vendor() == "GenuineIntel" else [_YNNPACK]
+_by_onednn = False  # of the process, its threads included
 
 
-def _vendor() -> str:
-    """Who made the processor, as Linux says; "" where it does not."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id"))
-    return ""
+@contextlib.contextmanager
+def onednn(on: bool = True):
+    """What is traced and compiled within, for x86 CPUs, has its products and convolutions done by oneDNN.
+
+    Faster by a fifth to a half, and not the default: XLA cannot write such programs down, so each start compiles anew.
+    """
+    global _by_onednn
+    before, _by_onednn = _by_onednn, on
+    try:
+        yield
+    finally:
+        _by_onednn = before
+
+
+def by_onednn() -> bool:
+    return _by_onednn
+
+
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """The first of what is wished for that this build of XLA does, for jax.jit; None where there is nothing."""
+    wished = [] if platform != "cpu" else [_ONEDNN, _YNNPACK] if by_onednn() else [_YNNPACK]
+    return next((options for options in wished if _does(tuple(options.items()))), None)
 
 
 @functools.cache
-def compiler_options(platform: str) -> dict[str, Any] | None:
-    """The first of what is wished for that this build of XLA does, for jax.jit; None where there is nothing."""
-    return next((options for options in _wished(platform) if _does(options)), None)
-
-
-def _does(options: dict[str, Any]) -> bool:
+def _does(items: tuple[tuple[str, Any], ...]) -> bool:
+    options = dict(items)
     one = jax.ShapeDtypeStruct((64, 64), "float32")
     try:
         compiled = jax.jit(lambda a: a @ a, compiler_options=options).lower(one).compile()
@@ -77,6 +85,24 @@ def target() -> str:
     """The platform that is traced for: "cpu", "gpu", "cuda", "tpu". For choices that lax.platform_dependent, which
     chooses a lowering, cannot make: what is kept for the gradient."""
     return _target.get() or jax.default_backend()
+
+
+_forward_mode: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mode", default=False)
+
+
+@contextlib.contextmanager
+def differentiable_forward():
+    """Within it networks are traced to what forward-mode differentiation takes: cuDNN's attention and oneDNN's
+    convolutions have a reverse mode only."""
+    token = _forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _forward_mode.reset(token)
+
+
+def forward_mode() -> bool:
+    return _forward_mode.get()
 
 
 def recomputed(function: Callable) -> Callable:

@@ -54,12 +54,18 @@ def writable(folder: str) -> str:
 
 
 def add_arguments(parser) -> None:
-    """--compile_cache, which every command takes."""
+    """--compile_cache and --onednn, which every command takes."""
     parser.add_argument(
         "--compile_cache",
         metavar="DIR|off",
         help="where compiled programs are kept, so that a second start need not compile (default: "
         "$JAX_COMPILATION_CACHE_DIR, else jax_diffusion/compiled in the user's cache folder)",
+    )
+    parser.add_argument(
+        "--onednn",
+        action="store_true",
+        help="on x86 CPUs: matrix products and convolutions by oneDNN, for long runs; faster, but no compiled program "
+        "can be kept",
     )
 
 

@@ -1,7 +1,8 @@
 """JAX's side: the trainer's step, the network, and the sampler's program, each compiled as it is when used.
 
-Variants: `default`; on accelerators also `k10`, ten training steps in one dispatch, and for transformers what the
-default is not: `scanned`, training with one loop over the blocks, or `unrolled`, the other modes without one.
+Variants: `default`; on x86 CPUs also `onednn` (lowering.onednn); on accelerators `k10`, ten training steps in one
+dispatch, and for transformers what the default is not: `scanned`, training with one loop over the blocks, or
+`unrolled`, the other modes without one.
 """
 
 import collections
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import lowering, runtime, sharding
+from jax_diffusion import convolution, lowering, runtime, sharding
 from jax_diffusion import model as models
 from jax_diffusion.bench import cases, worker
 from jax_diffusion.data import augment
@@ -95,7 +96,7 @@ class Side:
 
     def variants(self, mode: str) -> list[str]:
         if jax.default_backend() == "cpu":
-            return ["default"]
+            return ["default", "onednn"] if convolution.available() else ["default"]
         training = mode == "train"
         loops = ["scanned" if training else "unrolled"] if "unroll" in self.config.model else []
         return ["default", *(["k10"] if training else []), *loops]
@@ -108,12 +109,15 @@ class Side:
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         return program.build(config, self.work.about.shape, self.work.about.classes, mesh)
 
-    def check(self, batch: int) -> str:
+    def check(self, batch: int, variant: str = "default") -> str:
         """The network's output and the loss on cases.inputs, as a file."""
+        with lowering.onednn(variant == "onednn"):
+            return self._check(batch)
+
+    def _check(self, batch: int) -> str:
         built, given = self._program(batch), cases.inputs(self.work, batch)
         p, net = built.parts.process, built.parts.network
 
-        @jax.jit
         def outputs(params, x0, t, label, eps):
             alpha, sigma = (jnp.reshape(a, (-1, 1, 1, 1)) for a in p.schedule.alpha_sigma(t))
             x0 = augment.to_float(x0)
@@ -123,15 +127,16 @@ class Side:
             return prediction, p.loss(prediction, p.parameterization.target(x0, eps, t), x_t, t)
 
         arguments = [jnp.asarray(given[k]) for k in ("x0", "t", "label", "noise")]
-        prediction, loss = jax.device_get(outputs(self.params, *arguments))
+        prediction, loss = jax.device_get(lowering.jit(outputs)(self.params, *arguments))
         return self._save("check", output=prediction, loss=loss)
 
     def prepare(self, key: str, mode: str, variant: str, batch: int, warmup: int) -> dict[str, Any]:
         """Compiles and warms up `mode`. Returns seconds to compile, seconds a step, and FLOPs a step."""
         make = {"train": self._train, "forward": self._forward, "sample": self._sample}[mode]
         started = time.perf_counter()
-        ready, work = make(batch, variant)
-        ready.run(ready.per_call)
+        with lowering.onednn(variant == "onednn"):
+            ready, work = make(batch, variant)
+            ready.run(ready.per_call)
         first = time.perf_counter() - started
         ready.run(max(warmup // ready.per_call, 1) * ready.per_call)
         again = time.perf_counter()

@@ -25,6 +25,7 @@ from jax_diffusion.train.report import duration
 from jax_diffusion.version import __version__
 
 CHECKED = 2  # images of the first comparison
+CHECKED_VARIANTS = ("default", "onednn")  # of JAX; the others are the same operations
 
 
 class Bench:
@@ -134,7 +135,11 @@ class Bench:
             if theirs != size:
                 raise UserError(f"{case}: {size:,} parameters in JAX and {theirs:,} in PyTorch: nothing was timed")
             if mode != "forward":
-                self._compare(work, *(self.workers[n].call("check", batch=CHECKED) for n in ("jax", "torch")))
+                theirs = self.workers["torch"].call("check", batch=CHECKED)
+                for variant in self.workers["jax"].call("variants", mode=mode):
+                    if variant in CHECKED_VARIANTS:
+                        ours = self.workers["jax"].call("check", batch=CHECKED, variant=variant)
+                        self._compare(work, ours, theirs, "" if variant == "default" else variant)
         for batch in batches:
             self._batch(work._replace(batch=batch))
 

@@ -65,8 +65,11 @@ def _run(options: argparse.Namespace) -> int:
 
     lowering.keep_memory()  # before anything starts JAX's threads
     before = runtime.compiled()
-    folder = runtime.keep_compiled(options.compile_cache)
-    status = options.run(options)
+    if options.onednn and options.compile_cache not in (None, runtime.OFF):
+        raise UserError(f"--compile_cache={options.compile_cache}: with --onednn no program can be kept: leave one out")
+    folder = runtime.keep_compiled(runtime.OFF if options.onednn else options.compile_cache)
+    with lowering.onednn(options.onednn):
+        status = options.run(options)
     if options.command != "train" and (runtime.compiled() - before).written:  # training logs it itself
         print(f"compiled programs are kept in {folder} (--compile_cache=DIR or off)", file=sys.stderr)
     return status or 0

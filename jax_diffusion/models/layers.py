@@ -10,9 +10,8 @@ import numpy as np
 from flax import nnx
 
 from jax_diffusion.attention import attention, project_qkv
+from jax_diffusion.convolution import NHWC, convolve
 from jax_diffusion.models.norm import GroupNorm
-
-NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def zeros_init():
@@ -88,6 +87,7 @@ def conv(cin, cout, size=3, *, stride=1, padding=None, zero=False, dtype=None, r
         padding=(pad, pad),
         dtype=dtype,
         param_dtype=jnp.float32,
+        conv_general_dilated=convolve,
         rngs=rngs,
         **init,
     )
@@ -141,7 +141,7 @@ def unbiased(conv: nnx.Conv, x: jax.Array) -> jax.Array:
     output, its gradient is a sum over all of that."""
     x, kernel = _operands(conv, x)
     strides, padding = cast(tuple[int, int], conv.strides), cast(tuple[tuple[int, int], ...], conv.padding)
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+    return convolve(x, kernel, strides, padding, dimension_numbers=NHWC)
 
 
 def bias(conv: nnx.Conv) -> jax.Array:
@@ -178,12 +178,12 @@ def conv_of_upsampled(conv: nnx.Conv, x: jax.Array, *, biased: bool = True) -> j
             first, middle, last = jnp.split(k, 3, axis)
             return jnp.concatenate([first + middle, last] if parity else [first, middle + last], axis)
 
-        def convolve(row, column):
+        def one(row, column):
             k = merged(merged(kernel, row, 0), column, 1)
             pads = ((1 - row, row), (1 - column, column))
-            return plus(jax.lax.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NHWC), added)
+            return plus(convolve(x, k, (1, 1), pads, dimension_numbers=NHWC), added)
 
-        y = jnp.stack([jnp.stack([convolve(i, j) for j in (0, 1)], axis=3) for i in (0, 1)], axis=2)
+        y = jnp.stack([jnp.stack([one(i, j) for j in (0, 1)], axis=3) for i in (0, 1)], axis=2)
         return y.reshape(b, 2 * h, 2 * w, -1)
 
     x, kernel = _operands(conv, x)

@@ -38,7 +38,7 @@ class Side:
     def variants(self, mode):
         return ["default"] if self.ours else {"sample": ["pipeline", "loop"]}.get(mode, ["eager", "compile"])
 
-    def check(self, batch):
+    def check(self, batch, variant="default"):
         return self._save("check")
 
     def output(self, key, begin=""):

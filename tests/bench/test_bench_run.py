@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from jax_diffusion import convolution
 from jax_diffusion.bench import run, settings, starts
 from jax_diffusion.cli import main
 from jax_diffusion.errors import UserError
@@ -197,7 +198,10 @@ def test_the_whole_command(tmp_path, capsys):
     assert "same (eager, batch 2)" in said and "torch eager *" in said
     result = json.loads(out.read_text())
     assert result["complete"] and set(result["ceilings"]) == {"jax", "torch"}
-    assert [(row["framework"], row["batch"], row["rounds"]) for row in result["rows"]] == [
+    onednn = [row["batch"] for row in result["rows"] if row["variant"] == "onednn"]
+    assert onednn == ([1, 2] if convolution.available() else [])
+    rows = [row for row in result["rows"] if row["variant"] != "onednn"]
+    assert [(row["framework"], row["batch"], row["rounds"]) for row in rows] == [
         ("jax", 1, 2), ("torch", 1, 2), ("jax", 2, 2), ("torch", 2, 2)]  # fmt: skip
     for row in result["rows"]:
         assert row["flops_per_s"] > 0 and row["peak_memory"] > 0 and row["ratio"]["median"] > 0

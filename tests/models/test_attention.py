@@ -54,7 +54,7 @@ def test_tpus_run_it_where_there_are_many_tokens():
     assert kernels(256) == kernels(1026) == 0  # few; no whole blocks of them
     assert kernels(1024, UNCONSTRAINED) == 0  # who knows where they lie
     assert kernels(1024, platform="cpu") == 0
-    with attention.differentiable_forward():
+    with lowering.differentiable_forward():
         assert kernels(1024) == 0
 
 

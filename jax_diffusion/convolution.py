@@ -1,0 +1,120 @@
+"""Convolutions by the fastest implementation of the platform that a program is compiled for.
+
+Within lowering.onednn() x86 CPUs have oneDNN's, for the forward pass and the gradient of the input: jaxlib holds the
+library and the operation of XLA that calls it, and lacks only the pass that would write that operation into a program,
+so it is written here. The gradient of the kernel has no such operation and is XLA's, as is all else: strides, 1x1
+kernels, other types.
+"""
+
+import functools
+import json
+import platform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_diffusion import lowering
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+_plain = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=NHWC)
+
+# The operation is not part of jaxlib's interface: what it is told was tried with these versions, and a wrong word ends
+# the process.
+_TRIED = (0, 10), (0, 13)
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
+    """lax.conv_general_dilated of [B, H, W, C] and [h, w, C, D], in the form that nnx.Conv calls.
+
+    By oneDNN its derivatives are of reverse mode only, but within lowering.differentiable_forward().
+    """
+    if not _takes(x, kernel, strides, padding, options):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    pads = tuple(map(tuple, padding))
+    ours, plain = functools.partial(_onednn, pads), functools.partial(_plain, padding=pads)
+    return jax.lax.platform_dependent(x, kernel, cpu=ours, default=plain)
+
+
+def _takes(x, kernel, strides, padding, options) -> bool:
+    """Of one device: XLA cannot cut the operation over several."""
+    if not lowering.by_onednn() or lowering.target() != "cpu" or lowering.forward_mode() or isinstance(padding, str):
+        return False
+    changed = {k: v for k, v in options.items() if v is not None and k != "dimension_numbers"}
+    return available() and (
+        x.ndim == kernel.ndim == 4
+        and x.dtype == kernel.dtype == jnp.float32
+        and max(kernel.shape[:2]) > 1
+        and all(high < size and low < size for (low, high), size in zip(padding, kernel.shape, strict=False))
+        and tuple(strides) == (1, 1)
+        and all(np.all(np.asarray(v) == 1) for v in changed.values())
+    )
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this process computes on one x86 CPU with a jaxlib whose oneDNN agrees with XLA."""
+    import jaxlib
+
+    version = tuple(map(int, jaxlib.__version__.split(".")[:2]))
+    if platform.machine() not in ("x86_64", "AMD64") or not _TRIED[0] <= version < _TRIED[1]:
+        return False
+    if jax.default_backend() != "cpu" or jax.device_count() != 1:
+        return False
+    pads = ((1, 0), (1, 1))
+    x = np.arange(2 * 5 * 6 * 3, dtype=np.float32).reshape(2, 5, 6, 3) % 7
+    kernel = np.arange(2 * 3 * 3 * 4, dtype=np.float32).reshape(2, 3, 3, 4) % 5
+    with jax.ensure_compile_time_eval():
+        try:
+            ours = jax.jit(functools.partial(_call, pads))(x, kernel)
+        except Exception:  # a build without it
+            return False
+        theirs = _plain(jnp.asarray(x), jnp.asarray(kernel), padding=pads)
+        return np.array_equal(ours, theirs)  # small whole numbers: exactly
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _onednn(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _call(pads, x, kernel)
+
+
+def _forward(pads, x, kernel):
+    return _call(pads, x, kernel), (x, kernel)
+
+
+def _backward(pads, kept, gradient):
+    x, kernel = kept
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    around = tuple((size - 1 - low, size - 1 - high) for (low, high), size in zip(pads, kernel.shape, strict=False))
+    of_kernel = jax.linear_transpose(lambda k: _plain(x, k, padding=pads), kernel)(gradient)[0]
+    return _onednn(around, gradient, turned), of_kernel
+
+
+_onednn.defvjp(_forward, _backward)
+
+
+def _call(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """XLA's operation, which is told where it finds the axes (xla/service/cpu/onednn_config.proto)."""
+    image = {"dims": 4, "data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
+    weights = {"dims": 4, "filter": {"input_feature_dim": 2, "output_feature_dim": 3, "spatial_dims": [0, 1]}}
+    (top, bottom), (left, right) = pads
+    height, width = kernel.shape[:2]
+    window = {
+        "size": [height, width],
+        "pad_left": [top, left],
+        "pad_right": [bottom, right],
+        "strides": [1, 1],
+        "window_dilations": [1, 1],
+    }
+    config = {"dims": 4, "input": image, "kernel": weights, "output": image, "window": window, "feature_groups": 1}
+    b, h, w, _ = x.shape
+    shape = b, h + top + bottom - height + 1, w + left + right - width + 1, kernel.shape[3]
+    return jax.ffi.ffi_call(
+        "__onednn$convolution",
+        jax.ShapeDtypeStruct(shape, x.dtype),
+        custom_call_api_version=2,
+        legacy_backend_config=json.dumps({"onednn_conv_config": config}),
+        vmap_method="sequential",
+    )(x, kernel)
