@@ -136,7 +136,7 @@ class Bench:
                 raise UserError(f"{case}: {size:,} parameters in JAX and {theirs:,} in PyTorch: nothing was timed")
             if mode != "forward":
                 theirs = self.workers["torch"].call("check", batch=CHECKED)
-                for variant in self.workers["jax"].call("variants", mode=mode):
+                for variant in self._our_variants("jax", mode):
                     if variant in CHECKED_VARIANTS:
                         ours = self.workers["jax"].call("check", batch=CHECKED, variant=variant)
                         self._compare(work, ours, theirs, "" if variant == "default" else variant)
@@ -170,7 +170,7 @@ class Bench:
         """Every variant at one batch."""
         ours = {}
         for name in [n for n in self.workers if n != "torch"]:
-            for variant in self.workers[name].call("variants", mode=w.mode):
+            for variant in self._our_variants(name, w.mode):
                 label = variant if name == "jax" else f"{variant}+flags"
                 ready = self._prepare(w, name, variant, label)
                 if ready:
@@ -190,6 +190,10 @@ class Bench:
                 self.workers["torch"].call("drop", key=variant)
         for label, (name, _) in ours.items():
             self.workers[name].call("drop", key=label)
+
+    def _our_variants(self, name: str, mode: str) -> list[str]:
+        known = self.workers[name].call("variants", mode=mode)
+        return [v for v in known if v != "onednn" or self.o.onednn or not self.o.quick]
 
     def _their_variants(self, mode: str) -> list[str]:
         known = self.workers["torch"].call("variants", mode=mode)
