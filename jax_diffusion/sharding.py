@@ -32,6 +32,7 @@ SPECS: dict[str, tuple | None] = {
     "rows": ("tensor", "fsdp"),  # inputs split: the second
     "features": ("tensor",),  # the bias of "columns"
     "inputs": (("tensor", "fsdp"), None),  # inputs split over both: how a matrix is kept that is cut otherwise in use
+    "fsdp_inputs": ("fsdp", None),
 }
 
 Rules = Sequence[str | tuple[str, str | tuple]]  # (regex searched in the path of a leaf, spec), or a name in RULES
@@ -42,7 +43,7 @@ _BLOCK = r"(^|/)(\w*stack|middle)/"
 # Looked up by row, a table of labels cut by features would have its rows sent about.
 _TABLE = ("(^|/)label/embedding$", "replicated")
 # On TPU that matrix is used in thirds of its outputs (attention.project_qkv): cut along them, they would be sent about.
-_QKV = ("(^|/)qkv/kernel$", "inputs"), ("(^|/)qkv/bias$", "replicated")
+_QKV = ("(^|/)qkv/kernel$", "fsdp_inputs"), ("(^|/)qkv/bias$", "replicated")
 RULES: dict[str, Rules] = {
     "largest": (_TABLE, *_QKV, (".*", "largest")),
     "tensor": (
