@@ -31,7 +31,8 @@ _by_onednn = False  # of the process, its threads included
 def onednn(on: bool = True):
     """What is traced and compiled within, for x86 CPUs, has its products and convolutions done by oneDNN.
 
-    Faster by a fifth to a half, and not the default: XLA cannot write such programs down, so each start compiles anew.
+    Faster on an Intel processor (docs/benchmarks.md), and not the default: XLA cannot write such programs down, so each
+    start compiles anew.
     """
     global _by_onednn
     before, _by_onednn = _by_onednn, on
