@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,9 +115,16 @@ def split_qkv(qkv_BxTx3ND: jax.Array, heads: int) -> tuple[jax.Array, jax.Array,
     Cut before there is an axis of heads, so that each lies in memory as it will be used: TPUs would copy all three
     otherwise. By lax.split, whose gradient puts them together in one copy; that of indexing pads each and adds.
     """
-    b, t, width = qkv_BxTx3ND.shape
-    parts = jax.lax.split(qkv_BxTx3ND, (width // 3,) * 3, axis=2)
-    q, k, v = (part.reshape(b, t, heads, -1) for part in parts)
+    return _by_heads(_thirds(qkv_BxTx3ND), heads)
+
+
+def _thirds(x: jax.Array) -> Sequence[jax.Array]:
+    """Of the last axis."""
+    return jax.lax.split(x, (x.shape[-1] // 3,) * 3, axis=x.ndim - 1)
+
+
+def _by_heads(qkv: Sequence[jax.Array], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = (part.reshape(*part.shape[:2], heads, -1) for part in qkv)
     return q, k, v
 
 
@@ -130,14 +138,8 @@ def project_qkv(qkv: nnx.Linear, x_BxTxC: jax.Array, heads: int) -> tuple[jax.Ar
     if lowering.target() != "tpu":
         return split_qkv(qkv(x_BxTxC), heads)
     dtype = qkv.dtype or x_BxTxC.dtype
-    b, t, _ = x_BxTxC.shape
-
-    def thirds(parameter):
-        array = parameter[...].astype(dtype)
-        return jax.lax.split(array, (array.shape[-1] // 3,) * 3, axis=array.ndim - 1)
-
-    parts = [x_BxTxC.astype(dtype) @ kernel for kernel in thirds(qkv.kernel)]
+    parts = [x_BxTxC.astype(dtype) @ kernel for kernel in _thirds(qkv.kernel[...].astype(dtype))]
     if qkv.bias is not None:
-        parts = [y + bias[None, None] for y, bias in zip(parts, thirds(qkv.bias), strict=True)]
-    q, k, v = (part.reshape(b, t, heads, -1) for part in parts)
-    return q, k, v
+        biases = _thirds(qkv.bias[...].astype(dtype))
+        parts = [y + bias[None, None] for y, bias in zip(parts, biases, strict=True)]
+    return _by_heads(parts, heads)

@@ -73,13 +73,17 @@ _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", d
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str):
-    """What is traced within is meant for `platform`, wherever this process runs: see `target`."""
-    token = _target.set(platform)
+def _holding(variable: contextvars.ContextVar, value: Any):
+    token = variable.set(value)
     try:
         yield
     finally:
-        _target.reset(token)
+        variable.reset(token)
+
+
+def compiling_for(platform: str) -> contextlib.AbstractContextManager[None]:
+    """What is traced within is meant for `platform`, wherever this process runs: see `target`."""
+    return _holding(_target, platform)
 
 
 def target() -> str:
@@ -91,15 +95,10 @@ def target() -> str:
 _forward_mode: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mode", default=False)
 
 
-@contextlib.contextmanager
-def differentiable_forward():
+def differentiable_forward() -> contextlib.AbstractContextManager[None]:
     """Within it networks are traced to what forward-mode differentiation takes: cuDNN's attention and oneDNN's
     convolutions have a reverse mode only."""
-    token = _forward_mode.set(True)
-    try:
-        yield
-    finally:
-        _forward_mode.reset(token)
+    return _holding(_forward_mode, True)
 
 
 def forward_mode() -> bool:

@@ -111,10 +111,6 @@ class Side:
 
     def check(self, batch: int, variant: str = "default") -> str:
         """The network's output and the loss on cases.inputs, as a file."""
-        with lowering.onednn(variant == "onednn"):
-            return self._check(batch)
-
-    def _check(self, batch: int) -> str:
         built, given = self._program(batch), cases.inputs(self.work, batch)
         p, net = built.parts.process, built.parts.network
 
@@ -127,7 +123,8 @@ class Side:
             return prediction, p.loss(prediction, p.parameterization.target(x0, eps, t), x_t, t)
 
         arguments = [jnp.asarray(given[k]) for k in ("x0", "t", "label", "noise")]
-        prediction, loss = jax.device_get(lowering.jit(outputs)(self.params, *arguments))
+        with lowering.onednn(variant == "onednn"):
+            prediction, loss = jax.device_get(lowering.jit(outputs)(self.params, *arguments))
         return self._save("check", output=prediction, loss=loss)
 
     def prepare(self, key: str, mode: str, variant: str, batch: int, warmup: int) -> dict[str, Any]:

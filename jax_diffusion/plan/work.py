@@ -115,8 +115,6 @@ def _flops(module: Module, where: str, i: Instruction) -> float:
         return _convolution(i, *operands[:2])
     said = re.search(r'custom_call_target="([^"]*)"', i.attributes)
     target = said[1] if said else ""
-    if target == "__onednn$convolution":
-        return 2.0 * i.result[0].size * operands[1].size / i.result[0].shape[-1]
     if "$conv" in target:
         return _cudnn_convolution(i, operands, target)
     if "fmha" in target:

@@ -32,9 +32,12 @@ def draw(*shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
 
 
-def program(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1))):
-    run = functools.partial(convolution.convolve, strides=strides, padding=padding, dimension_numbers=NHWC)
-    return jax.jit(run).lower(x, kernel).compile().as_text()
+def convolve(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1))):
+    return convolution.convolve(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def program(x, kernel, *window):
+    return jax.jit(lambda x, kernel: convolve(x, kernel, *window)).lower(x, kernel).compile().as_text()
 
 
 @needs_it
@@ -49,7 +52,7 @@ def program(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1))):
 )
 def test_values_and_both_gradients_are_torchs(shape, kernel, padding):
     x, k = draw(*shape), draw(*kernel)
-    y, back = jax.vjp(jax.jit(lambda x, k: convolution.convolve(x, k, (1, 1), padding, dimension_numbers=NHWC)), x, k)
+    y, back = jax.vjp(jax.jit(functools.partial(convolve, padding=padding)), x, k)
     gradient = draw(*y.shape)
     their_x = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2), requires_grad=True)
     their_k = torch.tensor(np.asarray(k).transpose(3, 2, 0, 1), requires_grad=True)
@@ -77,16 +80,14 @@ def test_it_is_taken_for_what_it_does_and_left_for_the_rest():
         assert "__onednn" not in program(x, k)
     with lowering.differentiable_forward():
         assert "__onednn" not in program(x, k)
-        run = functools.partial(convolution.convolve, strides=(1, 1), padding=((1, 1), (1, 1)), dimension_numbers=NHWC)
-        assert np.all(np.isfinite(jax.jvp(run, (x, k), (x, k))[1]))
+        assert np.all(np.isfinite(jax.jvp(convolve, (x, k), (x, k))[1]))
 
 
 @needs_it
 def test_it_can_be_mapped_and_lowered_for_other_platforms():
     x, k = draw(3, 2, 8, 8, 4), draw(3, 3, 4, 4)
-    run = functools.partial(convolution.convolve, strides=(1, 1), padding=((1, 1), (1, 1)), dimension_numbers=NHWC)
-    np.testing.assert_allclose(jax.vmap(run, (0, None))(x, k)[1], run(x[1], k), atol=1e-5)
-    lowered = jax.jit(run).trace(x[0], k).lower(lowering_platforms=("tpu",)).as_text()
+    np.testing.assert_allclose(jax.vmap(convolve, (0, None))(x, k)[1], convolve(x[1], k), atol=1e-5)
+    lowered = jax.jit(convolve).trace(x[0], k).lower(lowering_platforms=("tpu",)).as_text()
     assert "stablehlo.convolution" in lowered and "onednn" not in lowered
 
 
