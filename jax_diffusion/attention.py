@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jax_diffusion import lowering
-from jax_diffusion.sharding import BATCH, UNCONSTRAINED, Constraint, batch_shards
+from jax_diffusion import lowering, sharding
 
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
@@ -30,24 +29,22 @@ def _cudnn_takes(query: tuple[int, ...], memory: tuple[int, ...], dtype) -> bool
 SPLASH_TOKENS = 1024
 
 
-def attention(
-    q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array, constrain: Constraint = UNCONSTRAINED
-) -> jax.Array:
+def attention(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v for each head, [B, T, N, D]; the softmax in float32.
 
     cuDNN's where the program is compiled for NVIDIA and it takes the shapes (bfloat16, heads of a multiple of 8), and
     the splash kernel where it is for TPU and there are many tokens: neither stores the T x S weights. On CPUs with the
-    heads before the tokens; else XLA's.
-    constrain: where q, k and v lie. UNCONSTRAINED (a network that is built before its mesh is known, to sample) gets no
-        splash kernel, which XLA cannot cut over devices by itself.
+    heads before the tokens; else XLA's. The splash kernel only within sharding.tracing_for: XLA cannot cut it over
+    devices by itself.
     """
     q, k, v = q_BxTxNxD, k_BxSxNxD, v_BxSxNxD
     if lowering.target() == "cpu":
         return _heads_first(q, k, v)
     fused = {}
     if lowering.target() == "tpu":
-        if constrain is not UNCONSTRAINED and _splash_takes(q, k, constrain):
-            fused["tpu"] = functools.partial(splash, constrain=constrain)
+        mesh = sharding.traced_mesh()
+        if mesh is not None and _splash_takes(q, k, mesh):
+            fused["tpu"] = functools.partial(splash, mesh=mesh)
     elif _cudnn_takes(q.shape, k.shape, q.dtype):
         fused["cuda"] = _cudnn
     if lowering.forward_mode() or not fused:
@@ -55,8 +52,8 @@ def attention(
     return jax.lax.platform_dependent(q, k, v, **fused, default=jax.nn.dot_product_attention)
 
 
-def _splash_takes(q: jax.Array, k: jax.Array, constrain: Constraint) -> bool:
-    divides = constrain.mesh is None or q.shape[0] % batch_shards(constrain.mesh) == 0
+def _splash_takes(q: jax.Array, k: jax.Array, mesh: AbstractMesh) -> bool:
+    divides = q.shape[0] % sharding.batch_shards(mesh) == 0 == q.shape[2] % mesh.shape["tensor"]
     tokens = q.shape[1], k.shape[1]
     return divides and min(tokens) >= SPLASH_TOKENS and not any(n % _LANES for n in tokens)
 
@@ -68,16 +65,16 @@ def splash(
     q_BxTxNxD: jax.Array,
     k_BxSxNxD: jax.Array,
     v_BxSxNxD: jax.Array,
-    constrain: Constraint = UNCONSTRAINED,
+    mesh: Mesh | AbstractMesh | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention by JAX's splash kernel for TPU (FlashAttention-2, Dao 2023, with the softmax in float32), on each
-    device for its samples and heads. interpret: where there is no TPU, for tests."""
-    heads = q_BxTxNxD.shape[2] // constrain.tensor
+    device of `mesh` for its samples and heads. interpret: where there is no TPU, for tests."""
+    heads = q_BxTxNxD.shape[2] // (1 if mesh is None else mesh.shape["tensor"])
     run = functools.partial(_splash_heads, heads=heads, interpret=interpret)
-    if constrain.mesh is not None:
-        spec = PartitionSpec(BATCH, None, "tensor", None)
-        run = jax.shard_map(run, mesh=constrain.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    if mesh is not None and mesh.size > 1:
+        spec = PartitionSpec(sharding.BATCH, None, "tensor", None)
+        run = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return run(q_BxTxNxD, k_BxSxNxD, v_BxSxNxD)
 
 

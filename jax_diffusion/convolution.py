@@ -1,14 +1,14 @@
 """Convolutions by the fastest implementation of the platform that a program is compiled for.
 
-Within lowering.onednn() x86 CPUs have oneDNN's, for the forward pass and the gradient of the input: jaxlib holds the
-library and the operation of XLA that calls it, and lacks only the pass that would write that operation into a program,
-so it is written here. The gradient of the kernel has no such operation and is XLA's, as is all else: strides, 1x1
-kernels, other types.
+Within lowering.onednn() x86 CPUs have oneDNN's: jaxlib holds the library and the operation of XLA that calls it, and
+lacks only the pass that would write that operation into a program, so it is written here. What the operation does not
+do is XLA's: strides, other types.
 """
 
 import functools
 import json
 import platform
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,6 @@ def _takes(x, kernel, strides, padding, options) -> bool:
     return available() and (
         x.ndim == kernel.ndim == 4
         and x.dtype == kernel.dtype == jnp.float32
-        and max(kernel.shape[:2]) > 1
         and all(high < size and low < size for (low, high), size in zip(padding, kernel.shape, strict=False))
         and tuple(strides) == (1, 1)
         and all(np.all(np.asarray(v) == 1) for v in changed.values())
@@ -88,32 +87,46 @@ def _backward(pads, kept, gradient):
     x, kernel = kept
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     around = tuple((size - 1 - low, size - 1 - high) for (low, high), size in zip(pads, kernel.shape, strict=False))
-    of_kernel = jax.linear_transpose(lambda k: _plain(x, k, padding=pads), kernel)(gradient)[0]
-    return _onednn(around, gradient, turned), of_kernel
+    return _onednn(around, gradient, turned), _of_kernel(pads, x, gradient)
+
+
+def _of_kernel(pads: Pads, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The gradient of the kernel.
+
+    XLA has no operation for oneDNN's own, but it is a convolution too, of one volume by another,
+
+        dK[a, b, c, d] = sum_{h, w, n} x[h + a, w + b, c; n] g[h, w, 0; n, d],
+
+    whose axes are height, width and input channels, and whose channels are the batch. (With the input channels for a
+    batch it would be one of planes, as XLA has it; but then oneDNN's tiles are the kernel's few columns.)
+    """
+    volume, window = x.transpose(1, 2, 3, 0)[None], gradient.transpose(1, 2, 0, 3)[:, :, None]
+    return _call((*pads, (0, 0)), volume, window)[0]
 
 
 _onednn.defvjp(_forward, _backward)
 
 
-def _call(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """XLA's operation, which is told where it finds the axes (xla/service/cpu/onednn_config.proto)."""
-    image = {"dims": 4, "data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
-    weights = {"dims": 4, "filter": {"input_feature_dim": 2, "output_feature_dim": 3, "spatial_dims": [0, 1]}}
-    (top, bottom), (left, right) = pads
-    height, width = kernel.shape[:2]
+def _call(pads: Sequence[tuple[int, int]], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """XLA's operation, of [B, *sizes, C] and [*sizes, C, D]; it is told where it finds the axes
+    (xla/service/cpu/onednn_config.proto)."""
+    n = len(pads)
+    image = {"dims": n + 2, "data": {"batch_dim": 0, "feature_dim": n + 1, "spatial_dims": list(range(1, n + 1))}}
+    order = {"input_feature_dim": n, "output_feature_dim": n + 1, "spatial_dims": list(range(n))}
+    sizes = kernel.shape[:n]
     window = {
-        "size": [height, width],
-        "pad_left": [top, left],
-        "pad_right": [bottom, right],
-        "strides": [1, 1],
-        "window_dilations": [1, 1],
+        "size": list(sizes),
+        "pad_left": [low for low, _ in pads],
+        "pad_right": [high for _, high in pads],
+        "strides": [1] * n,
+        "window_dilations": [1] * n,
     }
-    config = {"dims": 4, "input": image, "kernel": weights, "output": image, "window": window, "feature_groups": 1}
-    b, h, w, _ = x.shape
-    shape = b, h + top + bottom - height + 1, w + left + right - width + 1, kernel.shape[3]
+    config = {"dims": n + 2, "input": image, "kernel": {"dims": n + 2, "filter": order}, "output": image,
+              "window": window, "feature_groups": 1}  # fmt: skip
+    out = (m + low + high - k + 1 for m, (low, high), k in zip(x.shape[1:-1], pads, sizes, strict=True))
     return jax.ffi.ffi_call(
         "__onednn$convolution",
-        jax.ShapeDtypeStruct(shape, x.dtype),
+        jax.ShapeDtypeStruct((x.shape[0], *out, kernel.shape[-1]), x.dtype),
         custom_call_api_version=2,
         legacy_backend_config=json.dumps({"onednn_conv_config": config}),
         vmap_method="sequential",

@@ -133,10 +133,11 @@ class Model:
         clip = self.config.sampling.clip if clip is None else clip
         outputs, films, done = [], [], 0
         for indices, (rows, x) in self.batches(num, batch_size, mesh, (samples, begin)):
-            out = self.generate(
-                self.params, key, table, indices, rows, shared, x, refreshes,
-                shape=self.shape, clip=clip, trajectory=trajectory, weak=weak_kind, depth=depth,
-            )  # fmt: skip
+            with sharding.tracing_for(mesh):
+                out = self.generate(
+                    self.params, key, table, indices, rows, shared, x, refreshes,
+                    shape=self.shape, clip=clip, trajectory=trajectory, weak=weak_kind, depth=depth,
+                )  # fmt: skip
             out = generating.gather(out)
             outputs.append(out[0] if trajectory else out)
             if trajectory:

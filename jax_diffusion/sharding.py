@@ -8,6 +8,7 @@ first is split by its outputs (heads, hidden features) and the second by its inp
 are summed twice, once after each pair, and otherwise stay where they are.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jax_diffusion import lowering
 from jax_diffusion.errors import UserError, choose
 
 AXES = ("data", "fsdp", "tensor")
@@ -107,7 +109,21 @@ def across_slices(sizes: tuple[int, ...], devices: Sequence) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, (outer, rest, 1), devices, allow_split_physical_axes=True)
 
 
-def batch_shards(mesh: Mesh) -> int:
+@contextlib.contextmanager
+def tracing_for(mesh: Mesh) -> Iterator[None]:
+    """What is traced within runs on `mesh`, wherever this process runs: networks choose their kernels by it."""
+    with lowering.compiling_for(mesh.devices.flat[0].platform), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def traced_mesh() -> AbstractMesh | None:
+    """The mesh of `tracing_for`; None outside of it, and where the caller has cut the arrays over it himself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if ours else None
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the batch is cut."""
     return int(np.prod([mesh.shape[a] for a in BATCH]))
 
@@ -288,4 +304,4 @@ def replication_note(mesh: Mesh, tree: Any, rules: Rules = DEFAULT_RULES, least:
 
 def _resized(mesh: Mesh, fsdp: int):
     """A mesh's sizes with another fsdp and the rest as replicas: what spec_of asks for."""
-    return jax.sharding.AbstractMesh((mesh.size // fsdp // mesh.shape["tensor"], fsdp, mesh.shape["tensor"]), AXES)
+    return AbstractMesh((mesh.size // fsdp // mesh.shape["tensor"], fsdp, mesh.shape["tensor"]), AXES)

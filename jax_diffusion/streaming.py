@@ -67,8 +67,8 @@ class Stream:
         start = model.start(None, known, mask, num)
         clip = model.config.sampling.clip
         filled = table.filled(room(len(table)))
-        parts = []
-        for indices, (rows, begin) in model.batches(num, batch_size, sharding.make_mesh(), (samples, start)):
+        parts, mesh = [], sharding.make_mesh()
+        for indices, (rows, begin) in model.batches(num, batch_size, mesh, (samples, start)):
             parts.append([self._begin(key, filled, indices, begin, shape=model.shape), indices, rows, begin])
         done, count = 0, 1
         while done < len(table):
@@ -78,9 +78,10 @@ class Stream:
                 shown = []
                 for part in parts:
                     carry, indices, rows, begin = part
-                    part[0], x0_hat = self._advance(
-                        model.params, key, filled, indices, rows, shared, begin, carry, np.int32(count), clip=clip
-                    )
+                    with sharding.tracing_for(mesh):
+                        part[0], x0_hat = self._advance(
+                            model.params, key, filled, indices, rows, shared, begin, carry, np.int32(count), clip=clip
+                        )
                     shown.append(x0_hat)
                 jax.block_until_ready(shown)
                 took = time.perf_counter() - began

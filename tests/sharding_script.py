@@ -124,7 +124,7 @@ def splash_apart(name):
         y, back = jax.vjp(f, q, k, v)
         return [y, *back(gradient)]
 
-    kernel = functools.partial(attention.splash, constrain=sharding.Constraint(mesh), interpret=True)
+    kernel = functools.partial(attention.splash, mesh=mesh, interpret=True)
     ours, theirs = jax.jit(lambda: both(kernel))(), both(jax.nn.dot_product_attention)
     return furthest(ours, theirs), len(ours[0].sharding.device_set)
 

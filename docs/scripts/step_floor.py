@@ -2,6 +2,7 @@
 
     python docs/scripts/step_floor.py --case=unet_half --batch=16
     python docs/scripts/step_floor.py --case=dit_s2 --batch=16
+    python docs/scripts/step_floor.py --case=unet_half --batch=16 --onednn
 
 Of one training step of `jax-diffusion bench`, in JAX (from its jaxpr) and in PyTorch (eager, its operations as they are
 dispatched), every distinct product is run by itself, many times, with its operands laid out as in the step. Columns:
@@ -72,7 +73,22 @@ def kind_of(eqn):
     return "convolutions, gradient by the input" if rhs[0] != 3 else "convolutions, forward"
 
 
-def in_jax(folder, work):
+def call_of(eqn, operands):
+    """A product as the step does it, and its operands: convolutions of images by the package's own function."""
+    from jax_diffusion import convolution
+
+    if kind_of(eqn) not in ("convolutions, forward", "convolutions, gradient by the input"):
+        return functools.partial(eqn.primitive.bind, **eqn.params), operands
+    given = ("lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
+    options = {name: eqn.params[name] for name in given} | {"dimension_numbers": convolution.NHWC}
+    x, kernel = operands
+    if "input" in kind_of(eqn):
+        kernel = kernel.swapaxes(2, 3)
+    strides, padding = eqn.params["window_strides"], eqn.params["padding"]
+    return lambda x, kernel: convolution.convolve(x, kernel, strides, padding, **options), (x, kernel)
+
+
+def in_jax(folder, work, variant):
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -85,7 +101,7 @@ def in_jax(folder, work):
     side.start()
     side.load(**work._asdict())
     side.export()
-    said = side.prepare("step", "train", "default", work.batch, 2)
+    said = side.prepare("step", "train", variant, work.batch, 2)
     step = clock(lambda: side.prepared["step"].run(1), seconds=4, rounds=3)
     seen, counts = {}, collections.Counter()
     for eqn, times in equations(side._program(work.batch).trace().jaxpr):
@@ -95,9 +111,11 @@ def in_jax(folder, work):
     rows = collections.defaultdict(lambda: [0.0, 0.0])
     rng = np.random.default_rng(0)
     for key, eqn in seen.items():
-        run = lowering.jit(functools.partial(eqn.primitive.bind, **eqn.params))
         operands = [jnp.asarray(rng.standard_normal(v.aval.shape), v.aval.dtype) for v in eqn.invars]
-        seconds = clock(lambda run=run, operands=operands: jax.block_until_ready(run(*operands)))
+        with lowering.onednn(variant == "onednn"):
+            call, operands = call_of(eqn, operands)
+            run = lowering.jit(call)
+            seconds = clock(lambda run=run, operands=operands: jax.block_until_ready(run(*operands)))
         row = rows[kind_of(eqn)]
         row[0] += counts[key] * flops.of_equation(eqn)
         row[1] += counts[key] * seconds
@@ -107,7 +125,7 @@ def in_jax(folder, work):
 # ---- PyTorch
 
 
-def in_torch(folder, work):
+def in_torch(folder, work, _):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map_only
@@ -198,13 +216,14 @@ def main():
     parser.add_argument("--case", default="unet_half", choices=sorted(set(cases.CASES) - {"ddpm_pytorch"}))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each framework, in turns")
+    parser.add_argument("--onednn", action="store_true", help="JAX's products and convolutions by oneDNN")
     parser.add_argument("--side", choices=["jax", "torch"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = cases.Work(args.case, "train", args.batch, "float32", 50)
     if args.side:
         measure = {"jax": in_jax, "torch": in_torch}[args.side]
-        print(json.dumps(measure(pathlib.Path(args.folder), work)))
+        print(json.dumps(measure(pathlib.Path(args.folder), work, "onednn" if args.onednn else "default")))
         return
     runs = collections.defaultdict(list)
     environments = {"jax": os.environ, "torch": {**os.environ, **machine.torch_environment(machine.free_share(2))}}

@@ -53,7 +53,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
         b, t, d = x.shape
         q, k, v = project_qkv(self.qkv, x, self.heads) if constrain.tensor == 1 else self._by_heads(x, constrain)
-        y = attention(q, k, v, constrain)
+        y = attention(q, k, v)
         return constrain.whole(self.out(constrain.features(y.reshape(b, t, d), 2)))
 
     def _by_heads(self, x: jax.Array, constrain: Constraint) -> Sequence[jax.Array]:

@@ -76,11 +76,12 @@ def sampler(config: configs.ConfigDict, shape: tuple[int, ...], classes: int, me
     )
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
     generate: Any = made.generate
-    return shard_bytes(params), generate.trace(
-        params, key, placed(made.default_table(), whole), placed(np.zeros(batch, np.int32), split),
-        placed(samples, split), placed(shared, whole), {},
-        shape=made.shape, clip=s.clip, trajectory=False, weak=None,
-    )  # fmt: skip
+    with sharding.tracing_for(mesh):
+        return shard_bytes(params), generate.trace(
+            params, key, placed(made.default_table(), whole), placed(np.zeros(batch, np.int32), split),
+            placed(samples, split), placed(shared, whole), {},
+            shape=made.shape, clip=s.clip, trajectory=False, weak=None,
+        )  # fmt: skip
 
 
 class Compiled(NamedTuple):

@@ -83,7 +83,7 @@ def diagnose(s: Setup, state: TrainState, at: int, shift: int) -> dict[str, Any]
         in_shardings=(shardings, place),
         out_shardings=sharding.replicated(s.mesh),
     )
-    with lowering.compiling_for(s.mesh.devices.flat[0].platform):
+    with sharding.tracing_for(s.mesh):
         found = jax.device_get(examine(state, batch))
     begin = (at + shift) * t.batch_size
     examples = s.source.order.indices(s.config.seed, begin, begin + t.batch_size)

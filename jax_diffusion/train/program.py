@@ -104,7 +104,7 @@ class Program(NamedTuple):
             batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((steps, *a.shape), a.dtype), batch)
         abstract, shardings = self.abstract_state()
         jitted = step.compile_step(run, shardings, self.mesh, leading=int(several))
-        with lowering.compiling_for(self.mesh.devices.flat[0].platform):
+        with sharding.tracing_for(self.mesh):
             return jitted.trace(abstract, batch)
 
 

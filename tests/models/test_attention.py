@@ -1,5 +1,6 @@
 """The splash kernel beside XLA's attention, as far as it can be known without a TPU: interpreted, and lowered."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
-from jax_diffusion import attention, lowering
-from jax_diffusion.sharding import UNCONSTRAINED, Constraint
+from jax_diffusion import attention, experiment, lowering, model, sharding, solvers, streaming
+from jax_diffusion import config as configs
+from jax_diffusion.plan import programs
 
 
 def draw(dtype, tokens=256, memory=256):
@@ -34,28 +37,52 @@ def test_splash_is_xlas_attention_both_ways(dtype, tolerance, memory):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-PLACED = Constraint()  # of one device
+def lowered(traced, platform):
+    """How many of Pallas' kernels are in it."""
+    return traced.lower(lowering_platforms=(platform,)).as_text().count("tpu_custom_call")
 
 
-def kernels(tokens, constrain=PLACED, platform="tpu"):
+def kernels(tokens, mesh=sharding.make_mesh, platform="tpu"):
     """Kernels in the program of attention and its gradient."""
     shape = jax.ShapeDtypeStruct((2, tokens, 2, 64), jnp.bfloat16)
 
     def total(q, k, v):
-        return jnp.sum(attention.attention(q, k, v, constrain).astype(jnp.float32))
+        return jnp.sum(attention.attention(q, k, v).astype(jnp.float32))
 
-    with lowering.compiling_for(platform):
-        traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(shape, shape, shape)
-        return traced.lower(lowering_platforms=(platform,)).as_text().count("tpu_custom_call")
+    with sharding.tracing_for(mesh()) if mesh else contextlib.nullcontext(), lowering.compiling_for(platform):
+        return lowered(jax.jit(jax.grad(total, (0, 1, 2))).trace(shape, shape, shape), platform)
 
 
 def test_tpus_run_it_where_there_are_many_tokens():
     assert kernels(1024) == 3  # forward, of q, of k and v
     assert kernels(256) == kernels(1026) == 0  # few; no whole blocks of them
-    assert kernels(1024, UNCONSTRAINED) == 0  # who knows where they lie
+    assert kernels(1024, mesh=None) == 0  # who knows where they lie
+    assert kernels(1024, mesh=lambda: jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))) == 0  # not of ours
     assert kernels(1024, platform="cpu") == 0
     with lowering.differentiable_forward():
         assert kernels(1024) == 0
+
+
+@pytest.mark.parametrize("program", ["training", "sampling", "portions"])
+def test_every_program_of_a_network_knows_its_mesh(program, monkeypatch):
+    """Of a U-Net with attention over 32x32 pixels, on what passes for a TPU."""
+    config = configs.default()
+    config.model = configs.network("unet", channels=8, multipliers=(1,), blocks=1, attention_levels=(0,), norm_groups=4,
+                                   dtype="bfloat16")  # fmt: skip
+    config.train.batch_size = 2
+    found, ask, compiling = [], attention._splash_takes, lowering.compiling_for
+    monkeypatch.setattr(attention, "_splash_takes", lambda *a: found.append(ask(*a)) or found[-1])
+    monkeypatch.setattr(sharding.lowering, "compiling_for", lambda platform: compiling("tpu"))
+    shape = (32, 32, 1)
+    if program == "training":
+        _, traced = programs.train(config, shape, 10, sharding.make_mesh())
+        assert lowered(traced, "tpu") >= 3
+    else:
+        parts = experiment.build(config, shape, 10)
+        made = model.make(config, parts.network.init(jax.random.key(0)), shape, tuple("0123456789"), 0, parts)
+        draw = {"sampling": made.sample, "portions": lambda *a: list(streaming.Stream(made)(*a))}[program]
+        draw(jax.random.key(1), solvers.make("ddim", parts.process.schedule, 1), 1)
+    assert found and all(found)
 
 
 @pytest.mark.parametrize("bias", [True, False])
