@@ -11,8 +11,8 @@ from jax_diffusion.version import __version__
 
 _MODULES = (
     "bound", "caching", "cli", "conditions", "config", "data", "editing", "errors", "evals", "guidance", "interop",
-    "io", "likelihood", "models", "parameterization", "posterior", "process", "schedules", "sharding", "solvers",
-    "timesteps", "train", "weighting",
+    "io", "likelihood", "models", "parameterization", "placement", "posterior", "process", "schedules", "sharding",
+    "solvers", "timesteps", "train", "weighting",
 )  # fmt: skip
 _NAMES = {
     "Model": "jax_diffusion.model",

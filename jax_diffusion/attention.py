@@ -1,4 +1,4 @@
-"""Softmax attention by the fastest implementation of the platform that a program is compiled for."""
+"""Attention by the fastest implementation of the platform that a program is compiled for."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jax_diffusion import lowering, sharding
+from jax_diffusion import lowering, placement, sharding
 
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
@@ -34,7 +34,7 @@ def attention(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) 
 
     cuDNN's where the program is compiled for NVIDIA and it takes the shapes (bfloat16, heads of a multiple of 8), and
     the splash kernel where it is for TPU and there are many tokens: neither stores the T x S weights. On CPUs with the
-    heads before the tokens; else XLA's. The splash kernel only within sharding.tracing_for: XLA cannot cut it over
+    heads before the tokens; else XLA's. The splash kernel only within placement.tracing_for: XLA cannot cut it over
     devices by itself.
     """
     q, k, v = q_BxTxNxD, k_BxSxNxD, v_BxSxNxD
@@ -42,7 +42,7 @@ def attention(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) 
         return _heads_first(q, k, v)
     fused = {}
     if lowering.target() == "tpu":
-        mesh = sharding.traced_mesh()
+        mesh = placement.traced_mesh()
         if mesh is not None and _splash_takes(q, k, mesh):
             fused["tpu"] = functools.partial(splash, mesh=mesh)
     elif _cudnn_takes(q.shape, k.shape, q.dtype):
@@ -104,6 +104,17 @@ def _softmax_products(q_xTxD: jax.Array, k_xSxD: jax.Array, v_xSxD: jax.Array) -
     """softmax(q k^T) v over whatever axes come first; weights in float32."""
     logits = jnp.einsum("...td,...sd->...ts", q_xTxD, k_xSxD, preferred_element_type=jnp.float32)
     return jnp.einsum("...ts,...sd->...td", jax.nn.softmax(logits).astype(v_xSxD.dtype), v_xSxD)
+
+
+def linear_attention(q_BxNxHxD: jax.Array, k_BxNxHxD: jax.Array, v_BxNxHxD: jax.Array) -> jax.Array:
+    """(softmax_N(k)^T v)^T softmax_D(q) / sqrt(D), q times a D x D summary of all positions (Shen et al. 2021): linear
+    in their number. k and v may be of more positions than q."""
+    q, k, v = q_BxNxHxD, k_BxNxHxD, v_BxNxHxD
+    dtype, scale = v.dtype, q.shape[-1] ** -0.5
+    q = (jax.nn.softmax(q.astype(jnp.float32), axis=-1) * scale).astype(dtype)
+    k = jax.nn.softmax(k.astype(jnp.float32), axis=1).astype(dtype)
+    summary = jnp.einsum("bnhd,bnhe->bhde", k, v, preferred_element_type=jnp.float32)
+    return jnp.einsum("bnhd,bhde->bnhe", q, summary.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)
 
 
 def split_qkv(qkv_BxTx3ND: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -10,8 +10,8 @@ from jax_diffusion import config as configs
 from jax_diffusion.conditions import Condition
 from jax_diffusion.data import Source
 from jax_diffusion.models import Network
+from jax_diffusion.placement import UNCONSTRAINED, Constraint
 from jax_diffusion.process import Gaussian
-from jax_diffusion.sharding import UNCONSTRAINED, Constraint
 
 
 class Parts(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import caching, editing, experiment, generating, precision, sharding
+from jax_diffusion import caching, editing, experiment, generating, placement, precision, sharding
 from jax_diffusion import config as configs
 from jax_diffusion.conditions import Condition
 from jax_diffusion.data import augment
@@ -133,7 +133,7 @@ class Model:
         clip = self.config.sampling.clip if clip is None else clip
         outputs, films, done = [], [], 0
         for indices, (rows, x) in self.batches(num, batch_size, mesh, (samples, begin)):
-            with sharding.tracing_for(mesh):
+            with placement.tracing_for(mesh):
                 out = self.generate(
                     self.params, key, table, indices, rows, shared, x, refreshes,
                     shape=self.shape, clip=clip, trajectory=trajectory, weak=weak_kind, depth=depth,
@@ -261,23 +261,6 @@ def make(config, params, shape, class_names, step: int, parts: experiment.Parts,
     )
 
 
-def read_meta(workdir: str | pathlib.Path) -> tuple[configs.ConfigDict, dict[str, Any]]:
-    """The config and the data's facts ("shape", "class_names") of a workdir. UserError where there are none."""
-    from jax_diffusion.train.workdir import read_config, read_facts
-
-    workdir = pathlib.Path(workdir)
-    try:
-        config, facts = read_config(workdir), read_facts(workdir)
-        if not facts:
-            raise FileNotFoundError
-    except FileNotFoundError:
-        raise UserError(
-            f"--workdir={workdir} holds no training run: train one with "
-            f"`jax-diffusion train --config=digits --workdir={workdir}`"
-        ) from None
-    return config, facts
-
-
 def load(
     workdir: str | pathlib.Path, *, step: int | None = None, ema: bool = True, ema_std: float | None = None
 ) -> Model:
@@ -288,6 +271,7 @@ def load(
     Raises UserError where there is no such workdir or checkpoint.
     """
     from jax_diffusion.train import checkpoint, posthoc
+    from jax_diffusion.train.workdir import read_meta
 
     config, facts = read_meta(workdir)
     shape, names = tuple(facts["shape"]), tuple(facts["class_names"])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_diffusion import generating, sharding
+from jax_diffusion import generating, placement, sharding
 from jax_diffusion.errors import UserError
 from jax_diffusion.model import Model
 from jax_diffusion.solvers import Table
@@ -78,7 +78,7 @@ class Stream:
                 shown = []
                 for part in parts:
                     carry, indices, rows, begin = part
-                    with sharding.tracing_for(mesh):
+                    with placement.tracing_for(mesh):
                         part[0], x0_hat = self._advance(
                             model.params, key, filled, indices, rows, shared, begin, carry, np.int32(count), clip=clip
                         )

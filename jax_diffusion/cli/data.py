@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from jax_diffusion import config as configs
-    from jax_diffusion.model import read_meta
+    from jax_diffusion.train.workdir import read_meta
 
     for name, least in (("num", 1), ("sample", 0), ("shards", 1)):
         value = getattr(options, name)

@@ -42,8 +42,8 @@ def parse_stds(texts: list[str]) -> list[float]:
 
 def run(options: argparse.Namespace) -> None:
     from jax_diffusion.cli import sample
-    from jax_diffusion.model import read_meta
     from jax_diffusion.train import posthoc
+    from jax_diffusion.train.workdir import read_meta
 
     stds = parse_stds(options.std)
     if options.plot:

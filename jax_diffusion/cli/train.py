@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from jax_diffusion import config as configs
     from jax_diffusion.cli import distributed
-    from jax_diffusion.model import read_meta
     from jax_diffusion.train import profiling
     from jax_diffusion.train.loop import train
+    from jax_diffusion.train.workdir import read_meta
 
     if options.stop_at is not None and options.stop_at < 1:
         raise UserError(f"--stop_at={options.stop_at} must be at least 1")

@@ -21,7 +21,7 @@ from jax_diffusion import lowering
 from jax_diffusion.errors import UserError
 from jax_diffusion.models import layers, transformer
 from jax_diffusion.models.network import Network, from_module, run_inner
-from jax_diffusion.sharding import UNCONSTRAINED, Constraint
+from jax_diffusion.placement import UNCONSTRAINED, Constraint
 
 xavier, small, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.normal(0.02), layers.zeros_init()
 
@@ -173,7 +173,7 @@ def dit(
     remat: str = "none",  # in the backward pass: none; "dots" recomputes all but weight matmuls; "full" whole blocks
     unroll: int = 0,  # blocks a turn of the scan; 0: in training without remat all, else 1 (transformer.turn)
     dtype: str = "float32",  # of matmuls and of the residual stream
-    constrain: Constraint = UNCONSTRAINED,  # sharding of activations, see sharding.py
+    constrain: Constraint = UNCONSTRAINED,  # sharding of activations, see placement.py
 ) -> Network:
     """The DiT as a Network. Raises UserError where a size is missing or does not divide.
 

@@ -183,7 +183,7 @@ def edm2(
     learn_variance: bool = False,  # twice the output channels
     remat: bool = False,  # recompute each block in the backward pass
     dtype: str = "float32",  # of matmuls and convolutions
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see sharding.py
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see placement.py
 ) -> Network:
     """EDM2's U-Net as a Network. Raises UserError where a size does not divide."""
     choose("model.dtype", dtype, ("float32", "bfloat16"))

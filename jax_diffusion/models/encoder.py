@@ -111,7 +111,7 @@ def encoder(
     norm_eps: float = 1e-5,
     remat: bool = False,  # recompute each block in the backward pass
     dtype: str = "float32",  # of matmuls and convolutions
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see sharding.py
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see placement.py
 ) -> Network:
     """The classifier as a Network: (x [B, H, W, C], c_noise [B]) -> logits [B, num_classes].
     Raises UserError where a size does not divide."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_diffusion.attention import attention, project_qkv
+from jax_diffusion.attention import attention, linear_attention, project_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
 from jax_diffusion.models.network import Network, from_module
@@ -124,16 +124,6 @@ class Attention(nnx.Module):
         y = linear_attention(q, k, v) if self.linear else attention(q, k, v)
         y = self.out(y.reshape(b, height, width, -1))
         return x + (y if self.out_norm is None else self.out_norm(y)).astype(x.dtype)
-
-
-def linear_attention(q_BxNxHxD: jax.Array, k_BxNxHxD: jax.Array, v_BxNxHxD: jax.Array) -> jax.Array:
-    """Equation 1: as q times a D x D summary of all positions. k and v may be of more positions than q."""
-    q, k, v = q_BxNxHxD, k_BxNxHxD, v_BxNxHxD
-    dtype, scale = v.dtype, q.shape[-1] ** -0.5
-    q = (jax.nn.softmax(q.astype(jnp.float32), axis=-1) * scale).astype(dtype)
-    k = jax.nn.softmax(k.astype(jnp.float32), axis=1).astype(dtype)
-    summary = jnp.einsum("bnhd,bnhe->bhde", k, v, preferred_element_type=jnp.float32)
-    return jnp.einsum("bnhd,bhde->bnhe", q, summary.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)
 
 
 class Resample(nnx.Module):
@@ -252,7 +242,7 @@ def linear_attention_unet(
     learn_variance: bool = False,  # twice the output channels
     remat: bool = False,  # recompute each block in the backward pass
     dtype: str = "float32",  # of matmuls and convolutions
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see sharding.py
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see placement.py
 ) -> Network:
     """The U-Net as a Network. Raises UserError where a size does not divide."""
     choose("model.time_embedding", time_embedding, TIME_EMBEDDINGS)

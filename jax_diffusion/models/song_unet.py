@@ -224,7 +224,7 @@ def song_unet(
     group_rule: str = "edm",  # of GroupNorm; or "diffusers": other counts below 128 channels
     remat: bool = False,  # recompute each block in the backward pass
     dtype: str = "float32",  # of matmuls and convolutions
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see sharding.py
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see placement.py
 ) -> Network:
     """DDPM++ (the defaults are EDM's of CIFAR-10), NCSN++ and what lies between; see PRESETS.
 

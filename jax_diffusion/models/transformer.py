@@ -16,7 +16,7 @@ from jax_diffusion import lowering
 from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
-from jax_diffusion.sharding import UNCONSTRAINED, Constraint
+from jax_diffusion.placement import UNCONSTRAINED, Constraint
 
 # What the backward pass finds stored. "dots": the outputs of the matmuls with weights, of which there are few and
 # which cost the most; attention and everything elementwise is computed again.

@@ -162,7 +162,7 @@ def unet(
     norm_eps: float = 1e-5,
     remat: bool = False,  # recompute each stage in the backward pass
     dtype: str = "float32",  # of matmuls and convolutions
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see sharding.py
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,  # sharding of activations, see placement.py
 ) -> Network:
     """The U-Net as a Network. Raises UserError where a size does not divide."""
     choose("model.time_embedding", time_embedding, TIME_EMBEDDINGS)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax_diffusion.errors import UserError
 from jax_diffusion.models import layers, transformer
 from jax_diffusion.models.network import Network, from_module
-from jax_diffusion.sharding import UNCONSTRAINED, Constraint
+from jax_diffusion.placement import UNCONSTRAINED, Constraint
 
 small = nnx.initializers.normal(0.02)
 
@@ -143,7 +143,7 @@ def uvit(
     remat: str = "none",  # in the backward pass: none; "dots" recomputes all but weight matmuls; "full" whole blocks
     unroll: int = 0,  # blocks a turn of each scan; 0: in training without remat all, else 1 (transformer.turn)
     dtype: str = "float32",  # of matmuls and of the residual stream
-    constrain: Constraint = UNCONSTRAINED,  # sharding of activations, see sharding.py
+    constrain: Constraint = UNCONSTRAINED,  # sharding of activations, see placement.py
 ) -> Network:
     """The U-ViT as a Network. Raises UserError where a size is missing or does not divide."""
     n = transformer.resolve(PRESETS, size, (width, depth, heads, patch))

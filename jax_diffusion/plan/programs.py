@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion import config as configs
-from jax_diffusion import experiment, model, sharding
+from jax_diffusion import experiment, model, placement, sharding
 from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import model as guiding
 from jax_diffusion.plan import targets
@@ -76,7 +76,7 @@ def sampler(config: configs.ConfigDict, shape: tuple[int, ...], classes: int, me
     )
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
     generate: Any = made.generate
-    with sharding.tracing_for(mesh):
+    with placement.tracing_for(mesh):
         return shard_bytes(params), generate.trace(
             params, key, placed(made.default_table(), whole), placed(np.zeros(batch, np.int32), split),
             placed(samples, split), placed(shared, whole), {},

@@ -16,6 +16,7 @@ from jax_diffusion.errors import UserError
 from jax_diffusion.streaming import Stream
 from jax_diffusion.studio import png
 from jax_diffusion.studio.settings import Settings
+from jax_diffusion.train.workdir import read_meta
 from jax_diffusion.version import __version__
 
 
@@ -157,7 +158,7 @@ class Studio:
 
 def _check(workdir: str) -> None:
     """Raises UserError where a run makes no pictures that the page can show."""
-    config, facts = models.read_meta(workdir)
+    config, facts = read_meta(workdir)
     shape, condition = tuple(facts["shape"]), config.condition.name
     if len(shape) != 3:
         raise UserError(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import lowering, sharding
+from jax_diffusion import lowering, placement, sharding
 from jax_diffusion.data import Batches
 from jax_diffusion.io.whole import whole
 from jax_diffusion.train import step
@@ -83,7 +83,7 @@ def diagnose(s: Setup, state: TrainState, at: int, shift: int) -> dict[str, Any]
         in_shardings=(shardings, place),
         out_shardings=sharding.replicated(s.mesh),
     )
-    with sharding.tracing_for(s.mesh):
+    with placement.tracing_for(s.mesh):
         found = jax.device_get(examine(state, batch))
     begin = (at + shift) * t.batch_size
     examples = s.source.order.indices(s.config.seed, begin, begin + t.batch_size)

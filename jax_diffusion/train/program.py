@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_diffusion import config as configs
-from jax_diffusion import experiment, lowering, sharding
+from jax_diffusion import experiment, lowering, placement, sharding
 from jax_diffusion.train import metrics, optim, state, step
 
 
@@ -104,7 +104,7 @@ class Program(NamedTuple):
             batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((steps, *a.shape), a.dtype), batch)
         abstract, shardings = self.abstract_state()
         jitted = step.compile_step(run, shardings, self.mesh, leading=int(several))
-        with sharding.tracing_for(self.mesh):
+        with placement.tracing_for(self.mesh):
             return jitted.trace(abstract, batch)
 
 
@@ -112,7 +112,7 @@ def build(config: configs.ConfigDict, shape: tuple[int, ...], num_classes: int, 
     """The program of a config for samples of `shape` and `num_classes` (0: none). Raises UserError as its parts do."""
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
     optimizer, learning_rate = optim.make(config.optim, config.train.steps)
-    parts = experiment.build(config, shape, num_classes, sharding.Constraint(mesh))
+    parts = experiment.build(config, shape, num_classes, placement.Constraint(mesh))
     # Jitted here, because then shapes, shardings and the initial state itself trace it once among them.
     init = jax.jit(state.make_init(parts.network, optimizer, parts.times, parts.process, len(config.ema.profiles)))
     built = Program(config, mesh, tuple(shape), num_classes, parts, optimizer, learning_rate, init)

@@ -44,6 +44,21 @@ def read_facts(workdir: pathlib.Path) -> dict[str, Any]:
     return facts
 
 
+def read_meta(workdir: str | pathlib.Path) -> tuple[configs.ConfigDict, dict[str, Any]]:
+    """The config and the data's facts ("shape", "class_names") of a workdir. UserError where there are none."""
+    workdir = pathlib.Path(workdir)
+    try:
+        config, facts = read_config(workdir), read_facts(workdir)
+        if not facts:
+            raise FileNotFoundError
+    except FileNotFoundError:
+        raise UserError(
+            f"--workdir={workdir} holds no training run: train one with "
+            f"`jax-diffusion train --config=digits --workdir={workdir}`"
+        ) from None
+    return config, facts
+
+
 def _damaged(path: pathlib.Path, e: Exception) -> UserError:
     why = f"{type(e).__name__}: {e}".splitlines()[0]
     return UserError(

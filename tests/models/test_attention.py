@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from jax_diffusion import attention, experiment, lowering, model, sharding, solvers, streaming
+from jax_diffusion import attention, experiment, lowering, model, placement, sharding, solvers, streaming
 from jax_diffusion import config as configs
 from jax_diffusion.plan import programs
 
@@ -49,7 +49,7 @@ def kernels(tokens, mesh=sharding.make_mesh, platform="tpu"):
     def total(q, k, v):
         return jnp.sum(attention.attention(q, k, v).astype(jnp.float32))
 
-    with sharding.tracing_for(mesh()) if mesh else contextlib.nullcontext(), lowering.compiling_for(platform):
+    with placement.tracing_for(mesh()) if mesh else contextlib.nullcontext(), lowering.compiling_for(platform):
         return lowered(jax.jit(jax.grad(total, (0, 1, 2))).trace(shape, shape, shape), platform)
 
 
@@ -72,7 +72,7 @@ def test_every_program_of_a_network_knows_its_mesh(program, monkeypatch):
     config.train.batch_size = 2
     found, ask, compiling = [], attention._splash_takes, lowering.compiling_for
     monkeypatch.setattr(attention, "_splash_takes", lambda *a: found.append(ask(*a)) or found[-1])
-    monkeypatch.setattr(sharding.lowering, "compiling_for", lambda platform: compiling("tpu"))
+    monkeypatch.setattr(placement.lowering, "compiling_for", lambda platform: compiling("tpu"))
     shape = (32, 32, 1)
     if program == "training":
         _, traced = programs.train(config, shape, 10, sharding.make_mesh())
