@@ -9,6 +9,7 @@ import functools
 import json
 import platform
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -74,22 +75,15 @@ def available() -> bool:
         return np.array_equal(ours, theirs)  # small whole numbers: exactly
 
 
+# Both products of which derivatives are taken, each the other's gradient, so that there are derivatives of any order.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _onednn(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _call(pads, x, kernel)
 
 
-def _forward(pads, x, kernel):
-    return _call(pads, x, kernel), (x, kernel)
-
-
-def _backward(pads, kept, gradient):
-    x, kernel = kept
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    around = tuple((size - 1 - low, size - 1 - high) for (low, high), size in zip(pads, kernel.shape, strict=False))
-    return _onednn(around, gradient, turned), _of_kernel(pads, x, gradient)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _of_kernel(pads: Pads, x: jax.Array, gradient: jax.Array) -> jax.Array:
     """The gradient of the kernel.
 
@@ -97,14 +91,25 @@ def _of_kernel(pads: Pads, x: jax.Array, gradient: jax.Array) -> jax.Array:
 
         dK[a, b, c, d] = sum_{h, w, n} x[h + a, w + b, c; n] g[h, w, 0; n, d],
 
-    whose axes are height, width and input channels, and whose channels are the batch. (With the input channels for a
-    batch it would be one of planes, as XLA has it; but then oneDNN's tiles are the kernel's few columns.)
+    whose axes are height, width and input channels, and whose channels are the batch. As one of planes, with the input
+    channels for a batch, oneDNN's was no faster than XLA's (docs/benchmarks.md).
     """
     volume, window = x.transpose(1, 2, 3, 0)[None], gradient.transpose(1, 2, 0, 3)[:, :, None]
     return _call((*pads, (0, 0)), volume, window)[0]
 
 
-_onednn.defvjp(_forward, _backward)
+def _of_input(pads: Pads, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The gradient of the input."""
+    around = tuple((size - 1 - low, size - 1 - high) for (low, high), size in zip(pads, kernel.shape, strict=False))
+    return _onednn(cast(Pads, around), gradient, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+
+
+def _kept(function):
+    return lambda pads, *operands: (function(pads, *operands), operands)
+
+
+_onednn.defvjp(_kept(_onednn), lambda pads, kept, g: (_of_input(pads, g, kept[1]), _of_kernel(pads, kept[0], g)))
+_of_kernel.defvjp(_kept(_of_kernel), lambda pads, kept, k: (_of_input(pads, kept[1], k), _onednn(pads, kept[0], k)))
 
 
 def _call(pads: Sequence[tuple[int, int]], x: jax.Array, kernel: jax.Array) -> jax.Array:

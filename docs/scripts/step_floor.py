@@ -75,17 +75,28 @@ def kind_of(eqn):
 
 def call_of(eqn, operands):
     """A product as the step does it, and its operands: convolutions of images by the package's own function."""
+    import jax
+    import jax.numpy as jnp
+
     from jax_diffusion import convolution
 
-    if kind_of(eqn) not in ("convolutions, forward", "convolutions, gradient by the input"):
-        return functools.partial(eqn.primitive.bind, **eqn.params), operands
+    kind, p = kind_of(eqn), eqn.params
+    as_traced = functools.partial(eqn.primitive.bind, **p), operands
+    if kind == "matrix products":
+        return as_traced
     given = ("lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
-    options = {name: eqn.params[name] for name in given} | {"dimension_numbers": convolution.NHWC}
-    x, kernel = operands
-    if "input" in kind_of(eqn):
-        kernel = kernel.swapaxes(2, 3)
-    strides, padding = eqn.params["window_strides"], eqn.params["padding"]
-    return lambda x, kernel: convolution.convolve(x, kernel, strides, padding, **options), (x, kernel)
+    options = {name: p[name] for name in given} | {"dimension_numbers": convolution.NHWC}
+    call = functools.partial(convolution.convolve, strides=p["window_strides"], padding=p["padding"], **options)
+    if kind != "convolutions, gradient by the kernel":
+        x, kernel = operands
+        return call, (x, kernel.swapaxes(2, 3) if "input" in kind else kernel)
+    if p["window_strides"] != (1, 1) or p["rhs_dilation"] != (1, 1):
+        return as_traced
+    x, gradient = operands
+    size = (n + sum(pads) - m + 1 for n, m, pads in zip(x.shape[1:3], gradient.shape[1:3], p["padding"], strict=True))
+    kernel = jnp.zeros((*size, x.shape[-1], gradient.shape[-1]))
+    # The forward pass that vjp begins with is used by nobody, and XLA leaves it out.
+    return lambda x, gradient: jax.vjp(lambda k: call(x, k), kernel)[1](gradient)[0], operands
 
 
 def in_jax(folder, work, variant):

@@ -67,6 +67,25 @@ def test_values_and_both_gradients_are_torchs(shape, kernel, padding):
 
 
 @needs_it
+def test_derivatives_of_derivatives_are_xlas():
+    """How the gradients of kernel and input change as both do."""
+    x, k = draw(2, 6, 7, 4), draw(3, 2, 4, 5)
+
+    def second(f):
+        def slope(x, k):
+            return sum(jnp.sum(g**2) for g in jax.grad(lambda *a: jnp.sum(f(*a) ** 3), (0, 1))(x, k))
+
+        return jax.jit(jax.grad(slope, (0, 1)))(x, k)
+
+    ours = second(lambda x, k: convolve(x, k, padding=((1, 1), (0, 1))))
+    with lowering.onednn(False):
+        theirs = second(lambda x, k: convolve(x, k, padding=((1, 1), (0, 1))))
+    for a, b in zip(ours, theirs, strict=True):
+        # The order of sums, four products one after another.
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+@needs_it
 def test_it_is_taken_for_what_it_does_and_left_for_the_rest():
     x, k = draw(2, 8, 8, 4), draw(3, 3, 4, 4)
     assert "__onednn$convolution" in program(x, k)
