@@ -4,11 +4,21 @@ import pathlib
 import re
 
 
+def _parts(path: str, name: str) -> tuple[str, str, str]:
+    """The page up to the first comment, between the two, and from the second on."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+    found = re.fullmatch(f"(.*{begin})(.*)({end}.*)", pathlib.Path(path).read_text(), re.S)
+    if found is None or found[1].count(begin) != 1 or found[3].count(end) != 1:
+        raise SystemExit(f"{path} should have the comments {begin.strip()} and {end} once each")
+    return found[1], found[2], found[3]
+
+
+def part(path: str, name: str) -> str:
+    """What stands between the two comments of that name in the page."""
+    return _parts(path, name)[1].strip()
+
+
 def insert(path: str, name: str, text: str) -> None:
-    """Replaces what stands between the two comments of that name in the page."""
-    page = pathlib.Path(path)
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.S)
-    new, found = pattern.subn(lambda m: f"{m[1]}\n{text.strip()}\n\n{m[2]}", page.read_text())
-    if found != 1:
-        raise SystemExit(f"{path} should have the comments <!-- {name} --> and <!-- end {name} --> once, has {found}")
-    page.write_text(new)
+    """Replaces that."""
+    before, _, after = _parts(path, name)
+    pathlib.Path(path).write_text(f"{before}\n{text.strip()}\n\n{after}")

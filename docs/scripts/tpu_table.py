@@ -5,7 +5,8 @@
     python docs/scripts/tpu_table.py plans --page=docs/tpu.md         # from what both have written
 
 Each plan is `jax-diffusion plan` with the arguments below, its JSON kept in the folder PLANS: a second call makes only
-those that are missing. All of them take hours of one core, most of it in the U-Net for TPU.
+those that are missing, and --page keeps the rows of those. All of them take hours of one core, most of it in the U-Net
+for TPU.
 """
 
 import argparse
@@ -44,7 +45,8 @@ TITLES = {
 }
 
 
-def table(network: str, plans: dict[str, dict]) -> str:
+def table(network: str, plans: dict[str, dict], old: str) -> str:
+    """old: the table so far, whose rows stay where there is no plan."""
     lines = [
         f"**{TITLES[network]}**",
         "",
@@ -54,7 +56,8 @@ def table(network: str, plans: dict[str, dict]) -> str:
     for kind, topology in {**TPUS, **GPUS}.items():
         plan = plans.get(f"{network}_{kind}")
         if plan is None:
-            lines.append(f"| {topology} | not compiled |" + " |" * 8)
+            kept = [row for row in old.splitlines() if row.startswith(f"| {topology} |")]
+            lines.append(kept[0] if kept else f"| {topology} | not compiled |" + " |" * 8)
             continue
         e = plan["train"]
         gib = 2**30
@@ -89,7 +92,7 @@ def main() -> None:
         subprocess.run([*command, "--no_sampler", "--no_search", f"--out={out}"], check=True)
     plans = {path.stem: json.loads(path.read_text()) for path in options.plans.glob("*.json")}
     for network in TITLES:
-        text = table(network, plans)
+        text = table(network, plans, page.part(options.page, network) if options.page else "")
         print(text, "\n")
         if options.page:
             page.insert(options.page, network, text)
