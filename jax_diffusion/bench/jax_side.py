@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import convolution, lowering, runtime, sharding
+from jax_diffusion import convolution, lowering, placement, runtime, sharding
 from jax_diffusion import model as models
 from jax_diffusion.bench import cases, worker
 from jax_diffusion.data import augment
@@ -123,7 +123,7 @@ class Side:
             return prediction, p.loss(prediction, p.parameterization.target(x0, eps, t), x_t, t)
 
         arguments = [jnp.asarray(given[k]) for k in ("x0", "t", "label", "noise")]
-        with lowering.onednn(variant == "onednn"):
+        with lowering.onednn(variant == "onednn"), placement.tracing_for(built.mesh):
             prediction, loss = jax.device_get(lowering.jit(outputs)(self.params, *arguments))
         return self._save("check", output=prediction, loss=loss)
 
@@ -199,7 +199,8 @@ class Side:
 
         arguments = (self._copied(), *(jnp.asarray(given[k]) for k in ("x", "t", "label")))
         jitted: Any = lowering.jit(forward)
-        traced = jitted.trace(*arguments)
+        with placement.tracing_for(built.mesh):
+            traced = jitted.trace(*arguments)
         compiled = traced.lower().compile()
 
         def run(n: int) -> None:

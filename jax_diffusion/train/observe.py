@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_diffusion import io, lowering, sharding
+from jax_diffusion import io, lowering, placement, sharding
 from jax_diffusion import model as models
 from jax_diffusion.data import augment
 from jax_diffusion.train.setup import Setup, eval_indices
@@ -25,12 +25,13 @@ class Validator:
         step = make_eval_step(
             s.parts.network, s.parts.process, s.parts.times, seed=s.config.seed, condition=s.parts.condition
         )
-        self._step = lowering.jit(step, in_shardings=(shardings.ema, place, None))
+        self.mesh, self._step = s.mesh, lowering.jit(step, in_shardings=(shardings.ema, place, None))
         indices = eval_indices(n, t.batch_size, self.batches)
         self._batch = lambda i: jax.device_put(held_out.batch(indices[i]), place)
 
     def __call__(self, ema) -> float:
-        losses = [self._step(ema, self._batch(i), i) for i in range(self.batches)]
+        with placement.tracing_for(self.mesh):
+            losses = [self._step(ema, self._batch(i), i) for i in range(self.batches)]
         return float(np.mean(jax.device_get(losses)))
 
 

@@ -12,7 +12,11 @@ from jax.sharding import AxisType
 
 from jax_diffusion import attention, experiment, lowering, model, placement, sharding, solvers, streaming
 from jax_diffusion import config as configs
+from jax_diffusion.data import ArraySource
 from jax_diffusion.plan import programs
+from jax_diffusion.train import observe
+from jax_diffusion.train.program import build
+from jax_diffusion.train.setup import Setup
 
 
 def draw(dtype, tokens=256, memory=256):
@@ -63,8 +67,8 @@ def test_tpus_run_it_where_there_are_many_tokens():
         assert kernels(1024) == 0
 
 
-@pytest.mark.parametrize("program", ["training", "sampling", "portions"])
-def test_every_program_of_a_network_knows_its_mesh(program, monkeypatch):
+@pytest.mark.parametrize("program", ["training", "validation", "sampling", "portions"])
+def test_every_program_of_a_network_knows_its_mesh(program, monkeypatch, tmp_path):
     """Of a U-Net with attention over 32x32 pixels, on what passes for a TPU."""
     config = configs.default()
     config.model = configs.network("unet", channels=8, multipliers=(1,), blocks=1, attention_levels=(0,), norm_groups=4,
@@ -72,11 +76,16 @@ def test_every_program_of_a_network_knows_its_mesh(program, monkeypatch):
     config.train.batch_size = 2
     found, ask, compiling = [], attention._splash_takes, lowering.compiling_for
     monkeypatch.setattr(attention, "_splash_takes", lambda *a: found.append(ask(*a)) or found[-1])
-    monkeypatch.setattr(placement.lowering, "compiling_for", lambda platform: compiling("tpu"))
+    monkeypatch.setattr(lowering, "compiling_for", lambda platform: compiling("tpu"))
     shape = (32, 32, 1)
     if program == "training":
         _, traced = programs.train(config, shape, 10, sharding.make_mesh())
         assert lowered(traced, "tpu") >= 3
+    elif program == "validation":
+        built = build(config, shape, 10, sharding.make_mesh())
+        state, shardings = built.create(jax.random.key(0))
+        held_out = ArraySource(np.zeros((2, *shape), np.uint8), np.zeros(2, np.int32), name="black", num_classes=10)
+        observe.Validator(Setup(config, tmp_path, held_out, held_out, (), built), shardings)(state.ema)
     else:
         parts = experiment.build(config, shape, 10)
         made = model.make(config, parts.network.init(jax.random.key(0)), shape, tuple("0123456789"), 0, parts)
