@@ -148,8 +148,8 @@ def restored(workdir, runs, saved, into):
 
 def run(workdir):
     out = {"devices": jax.device_count()}
-    unet = of_meshes("unet", ["one", "data", "fsdp", "hybrid"])
-    dit = of_meshes("dit", ["one", "four", "data", "fsdp", "hybrid", "tensor", "all"])
+    unet = of_meshes("unet", ["one", "data", "fsdp"])
+    dit = of_meshes("dit", ["one", "four", "hybrid", "tensor", "all"])
     parts = Run("dit", "all", accumulate=2)
     out["apart"] = {
         "unet": apart(unet), "dit": apart(dit, [("accumulated", parts.train(parts.start(), 2))])
@@ -164,8 +164,8 @@ def run(workdir):
     out["replicated_bytes"] = held(unet["data"][1], jax.devices()[3])
     out["tensor_layout"] = {name: [shape, shard] for name, shape, shard in layout(dit["all"][1].params)}
     out["restored"] = {
-        "fsdp": restored(f"{workdir}/unet", unet, "fsdp", ["one", "data", "hybrid"]),
-        "all": restored(f"{workdir}/dit", dit, "all", ["one", "four", "tensor", "data"]),
+        "fsdp": restored(f"{workdir}/unet", unet, "fsdp", ["one", "data"]),
+        "all": restored(f"{workdir}/dit", dit, "all", ["one", "four", "tensor"]),
     }
 
     config = make_config("unet")

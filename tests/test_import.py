@@ -6,6 +6,8 @@ import sys
 
 import jax_diffusion as jd
 
+NARROW = ["model.channels=8", "model.multipliers=(1,)", "model.blocks=1", "model.attention_levels=()", "train.steps=1",
+          "optim.warmup=0"]  # fmt: skip
 HEAVY = ["tensorflow", "tensorflow_datasets", "clu", "grain", "torch", "diffusers", "sklearn", "PIL", "orbax"]
 SCRIPT = f"""
 import json, sys
@@ -24,6 +26,17 @@ def test_nothing_heavy_is_imported_and_no_device_is_taken():
     assert done.returncode == 0, done.stderr
     early, late, backends = json.loads(done.stdout)
     assert early == [] and late == [] and backends == []
+
+
+def test_training_on_the_digits_starts_without_what_it_does_not_use(arguments, tmp_path):
+    """torch is for comparisons, scikit-learn here for one file of its; each is seconds."""
+    typed = ["train", "--config=digits", f"--workdir={tmp_path}", *arguments("digits", *NARROW)]
+    code = f"import sys; from jax_diffusion.cli.main import main; assert main({typed}) == 0; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    imported = done.stdout.splitlines()[-1]
+    assert "'tensorboardX'" in imported
+    assert not [name for name in ("torch", "sklearn", "tensorflow", "clu", "grain") if f"'{name}'" in imported]
 
 
 def test_training_and_loading_a_run_need_no_safetensors():

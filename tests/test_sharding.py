@@ -24,11 +24,12 @@ def seen(on_virtual_devices, tmp_path_factory):
 
 @pytest.mark.parametrize("network", ["unet", "dit"])
 def test_a_mesh_trains_what_one_device_trains(seen, network):
-    """Sums in another order, hence float rounding; against weights moved by a hundred times as much. Data parallel,
-    in shards, in replicas of shards; the transformer's matmuls in parts too, and its batch in two."""
+    """Sums in another order, hence float rounding; against weights moved by a hundred times as much. The U-Net
+    data parallel and in shards; the transformer in shards, in replicas of shards, its matmuls in parts too, and its
+    batch in two."""
     assert seen["moved"][network] > 5e-4
     found = seen["apart"][network]
-    assert found.pop("one") == [0, 0] and len(found) == {"unet": 3, "dit": 7}[network]
+    assert found.pop("one") == [0, 0] and len(found) == {"unet": 2, "dit": 5}[network]
     assert max(max(pair) for pair in found.values()) < 5e-6, found
 
 
@@ -79,7 +80,7 @@ def test_a_checkpoint_fits_any_mesh(seen, saved):
     """Saved by eight devices; restored by eight in another order, by four and by one, bit for bit, moments and averages
     too; and a further step is the same on all but for rounding."""
     found = seen["restored"][saved]
-    assert len(found) == {"fsdp": 3, "all": 4}[saved]
+    assert len(found) == {"fsdp": 2, "all": 3}[saved]
     for name, (exact, lies, after) in found.items():
         assert exact == 0 and lies and after < 5e-6, (name, found)
 

@@ -10,13 +10,13 @@ more for the fifty lines of `integrate`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import integrate as scipy_integrate
 
 from jax_diffusion.errors import UserError
 from jax_diffusion.guidance import Denoiser, unpack
@@ -39,16 +39,17 @@ class Pair(NamedTuple):
     exponent: Any  # [] 1 / (order of the estimate + 1)
 
 
-def _pair(method) -> Pair:
-    """SciPy's coefficients, which it documents as attributes of the class."""
+@functools.cache
+def pair_of(name: str) -> Pair:
+    """ "rk45" or "rk23": SciPy's coefficients, which it documents as attributes of the class."""
+    from scipy import integrate  # a third of a second, which starts without an adaptive solver need not spend
+
+    method = {"rk45": integrate.RK45, "rk23": integrate.RK23}[name]
     S = method.n_stages
     A = np.zeros((S + 1, S + 1))
     A[:S, : method.A.shape[1]] = method.A
     A[S, :S] = method.B
     return Pair(A, np.append(method.C, 1.0), method.E, np.float64(1 / (method.error_estimator_order + 1)))
-
-
-PAIRS = {"rk45": _pair(scipy_integrate.RK45), "rk23": _pair(scipy_integrate.RK23)}
 
 
 class Control(NamedTuple):
@@ -218,7 +219,7 @@ def _solver(name: str, grid: Grid, rtol: float, atol: float, max_evaluations: in
         t=np.array(grid.t[:1], np.float64),
         start=np.float64(start),
         end=np.float64(end),
-        pair=PAIRS[name],
+        pair=pair_of(name),
         control=control(start - end, len(grid.t), rtol, atol, max_evaluations),
         lands=np.float64(grid.sigma[-1] == 0),
         alpha_end=np.float64(grid.schedule.alpha(np.float64(last))),

@@ -17,6 +17,7 @@ clu.metric_writers itself needs tensorflow, which this project does without.
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -71,6 +72,20 @@ def _trim(path: pathlib.Path, last: int | None) -> None:
             draft.write_bytes(new)
 
 
+def _board_class() -> Any:
+    """tensorboardX's SummaryWriter, imported as if there were no torch, which it wants for the name of a type alone:
+    two seconds of every start."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class MetricWriter:
     """Writes scalars and pictures under workdir; on other processes than the first it writes nothing."""
 
@@ -86,15 +101,13 @@ class MetricWriter:
             self._open(start)
 
     def _open(self, start: int) -> None:
-        from tensorboardX import SummaryWriter
-
         try:
             for name, last in (("metrics", start), ("speed", None)):
                 path = self.workdir / f"{name}.jsonl"
                 _trim(path, last)
                 self._files[name] = path.open("ab", buffering=0)
             # TensorBoard drops what it has of later steps.
-            self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=start + 1)
+            self._board = _board_class()(str(self.workdir / "tensorboard"), purge_step=start + 1)
         except OSError as e:
             raise _unwritable(self.workdir, e) from e
 

@@ -20,7 +20,7 @@ DIGITS = ("model.channels=16", "model.multipliers=(1,)", "model.attention_levels
           "train.eval_every=4", "train.sample_every=8", "train.log_every=1", "train.checkpoint_every=4",
           "sampling.num=6", "sampling.batch_size=6")  # fmt: skip
 TOY = ("train.log_every=1", "train.checkpoint_every=10", "train.eval_every=0")
-MESHES = {"data": (), "fsdp": ("mesh.data=1", "mesh.fsdp=2")}
+SHARDS = ("mesh.data=1", "mesh.fsdp=2")  # data parallel: tests/launch/test_local.py
 ENDLESS = "train.steps=1000000"
 
 
@@ -31,39 +31,36 @@ def scalars(workdir, key):
 
 @pytest.fixture(scope="module")
 def runs(arguments, tmp_path_factory):
-    """The digits, by two processes data parallel, by two in shards, and by one."""
+    """The digits, by two processes in shards and by one."""
     root = tmp_path_factory.mktemp("runs")
     start = lambda name, *f: ("train", "--config=digits", f"--workdir={root / name}", *arguments("digits", *DIGITS, *f))  # noqa: E731
-    for name, mesh in MESHES.items():
-        with Processes(2, *start(name, *mesh), **PATIENT) as two:
-            assert two.end() == [0, 0], two[0].said + two[1].said
-            (root / f"{name}.0").write_text(two[0].said)
-            (root / f"{name}.1").write_text(two[1].said)
+    with Processes(2, *start("two", *SHARDS), **PATIENT) as two:
+        assert two.end() == [0, 0], two[0].said + two[1].said
+        (root / "said.0").write_text(two[0].said)
+        (root / "said.1").write_text(two[1].said)
     done = alone(*start("one"))
     assert done.returncode == 0, done.stdout
     return root
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_two_processes_train_as_one_does(runs, mesh):
+def test_two_processes_train_as_one_does(runs):
     """Float32 sums in another order, over eight steps of Adam."""
     for key in ("loss", "val_loss"):
-        two, one = scalars(runs / mesh, key), scalars(runs / "one", key)
+        two, one = scalars(runs / "two", key), scalars(runs / "one", key)
         assert two.keys() == one.keys() and len(one) >= 2
         np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-3, err_msg=key)
-    a, b = models.load(runs / mesh).params, models.load(runs / "one").params
+    a, b = models.load(runs / "two").params, models.load(runs / "one").params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3), a, b)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_every_process_says_its_rank_and_one_writes(runs, mesh):
-    first, second = ((runs / f"{mesh}.{i}").read_text().splitlines() for i in (0, 1))
+def test_every_process_says_its_rank_and_one_writes(runs):
+    first, second = ((runs / f"said.{i}").read_text().splitlines() for i in (0, 1))
     assert any(re.match(r"process 0 of 2 on .*: 1 of 2 ", line) for line in first)
     ours = [line for line in second if not line.startswith(("[Gloo]", "W", "I", "E"))]
     assert ours and all(line.startswith("[1/2] ") for line in ours) and not any("[1/2]" in line for line in first)
-    lines = (runs / mesh / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len(set(lines)) and len(list((runs / mesh / "tensorboard").iterdir())) == 1
-    assert [p.name for p in (runs / mesh / "samples").iterdir()] == ["step_00000008.png"]
+    lines = (runs / "two" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines)) and len(list((runs / "two" / "tensorboard").iterdir())) == 1
+    assert [p.name for p in (runs / "two" / "samples").iterdir()] == ["step_00000008.png"]
 
 
 def test_two_processes_sample_what_one_does(runs, tmp_path):
@@ -72,7 +69,7 @@ def test_two_processes_sample_what_one_does(runs, tmp_path):
     def sample(start, name):
         out = tmp_path / f"{name}.npz"
         return start(
-            "sample", f"--workdir={runs / 'fsdp'}", "--num=5", "--guidance=2", "--steps=3", "--batch_size=4",
+            "sample", f"--workdir={runs / 'two'}", "--num=5", "--guidance=2", "--steps=3", "--batch_size=4",
             f"--npz={out}", f"--out={tmp_path / name}.png",
         ), out  # fmt: skip
 
@@ -88,15 +85,15 @@ def test_two_processes_sample_what_one_does(runs, tmp_path):
 
 
 def test_two_processes_evaluate_as_one_does(runs):
-    command = ("evaluate", f"--workdir={runs / 'data'}", "--metrics=frechet,vlb", "--num=40", "--steps=3",
+    command = ("evaluate", f"--workdir={runs / 'two'}", "--metrics=frechet,vlb", "--num=40", "--steps=3",
                "--likelihood_images=4", "--vlb_steps=5", "--batch_size=8")  # fmt: skip
     results = []
     with Processes(2, *command, **PATIENT) as two:
         assert two.end() == [0, 0], two[0].said + two[1].said
-    results.append(json.loads((runs / "data" / "evaluation.json").read_text()))
+    results.append(json.loads((runs / "two" / "evaluation.json").read_text()))
     done = alone(*command)
     assert done.returncode == 0, done.stdout
-    results.append(json.loads((runs / "data" / "evaluation.json").read_text()))
+    results.append(json.loads((runs / "two" / "evaluation.json").read_text()))
     two, one = results
     assert two["frechet"]["samples_to_real"] == pytest.approx(one["frechet"]["samples_to_real"], rel=1e-2)
     assert two["vlb"]["train"]["mean"] == pytest.approx(one["vlb"]["train"]["mean"], rel=1e-3)
@@ -120,7 +117,7 @@ def bereaved(request, arguments, tmp_path_factory):
     """Two in shards, one of them killed; both started again, then one alone, then two: where each started."""
     victim = request.param
     workdir = tmp_path_factory.mktemp("killed") / "run"
-    command = ("train", "--config=toy2d", f"--workdir={workdir}", *arguments("toy2d", *TOY, ENDLESS, *MESHES["fsdp"]))
+    command = ("train", "--config=toy2d", f"--workdir={workdir}", *arguments("toy2d", *TOY, ENDLESS, *SHARDS))
     with Processes(2, *command, **PATIENT) as two:
         two[1 - victim].wait_for("step ", times=25)
         os.kill(two[victim].pid, signal.SIGKILL)
@@ -144,7 +141,7 @@ def test_both_go_on_and_so_does_one_alone(bereaved):
     """A checkpoint of two processes restores in two and in one, and one of one process in two."""
     _, workdir, _, _, steps = bereaved
     at = steps[-1]
-    for processes, mesh in ((2, ()), (1, ("mesh.fsdp=1",)), (2, MESHES["fsdp"])):
+    for processes, mesh in ((2, ()), (1, ("mesh.fsdp=1",)), (2, SHARDS)):
         said = finishes(workdir, at + 3, processes=processes, mesh=mesh)
         assert f"at step {at} of {at + 3}" in said.replace(",", ""), said
         at += 3

@@ -1,4 +1,5 @@
-"""Every image recipe, narrowed, on the real data set it is for (ImageNet's on flowers): it learns, stops, resumes."""
+"""Every image recipe, narrowed, on the real data set it is for (ImageNet's on flowers): it learns; the one that has the
+most to keep also stops and resumes."""
 
 import json
 import pathlib
@@ -23,20 +24,23 @@ RECIPES = {
     "imagenet64_edm2": ["data.path={}/flowers64.tar.gz", "data.size=(16,16)", "model.head_channels=8",
                         "model.uncertainty=16", "optim.hold=10", "ema.snapshot_every=20"],
 }  # fmt: skip
+STOPPED = "imagenet64_edm2"  # snapshots, uncertainty, a schedule that holds
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the data folder {DATA} is absent")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_learns_stops_and_resumes(recipe, tmp_path):
+def test_learns(recipe, tmp_path):
     config = configs.resolve(recipe)
     small = [f for f in SMALL if not f.startswith("model.") or f.split("=")[0].removeprefix("model.") in config.model]
     fields = [*small, *(field.format(DATA) for field in RECIPES[recipe])]
     config = configs.override(config, [f"--config.{f}" for f in fields])
     lines = []
-    stopped = loop.train(config, tmp_path, stop_at=25, log=lines.append)
-    assert (stopped.step, stopped.finished) == (25, False)
-    assert any("resume: jax-diffusion train" in line for line in lines)
-    done = loop.train(None, tmp_path, log=lines.append)
+    if recipe == STOPPED:
+        stopped = loop.train(config, tmp_path, stop_at=25, log=lines.append)
+        assert (stopped.step, stopped.finished) == (25, False)
+        assert any("resume: jax-diffusion train" in line for line in lines)
+        config = None
+    done = loop.train(config, tmp_path, log=lines.append)
     assert (done.step, done.finished) == (40, True)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if "loss" in r]
