@@ -6,6 +6,8 @@ RUN ?= runs/demo
 # Compilers for TPU and NVIDIA, beside and not in $(VENV): the tests' own jax must not find them.
 COMPILERS ?= $(VENV)-aot
 export JAX_DIFFUSION_COMPILERS := $(abspath $(COMPILERS))
+# Python compiles a module when it is first imported; to compile all of them takes a minute.
+PIP_ARGS := --quiet --disable-pip-version-check --no-compile
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=30
 
 .PHONY: help demo test docs linkcheck gates gates-baseline lint clean
@@ -21,26 +23,26 @@ help:
 # Stamps, so that a second call installs nothing.
 $(VENV)/.demo: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[data]"
+	$(BIN)/pip install $(PIP_ARGS) -e ".[data]"
 	@touch $@
 
 $(VENV)/.test: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/pip install $(PIP_ARGS) -e ".[test]"
 	@# Networks to compare with. Without what they require: torchvision has no build for a CPU-only torch.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps azula==0.11.1 denoising-diffusion-pytorch==2.3.4 \
+	$(BIN)/pip install $(PIP_ARGS) --no-deps azula==0.11.1 denoising-diffusion-pytorch==2.3.4 \
 		ema-pytorch==0.8.3
 	@touch $@ $(VENV)/.demo
 
 $(COMPILERS)/.done: tests/plan/gates/requirements.py $(VENV)/.test
 	rm -rf $(COMPILERS)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(COMPILERS) \
+	$(BIN)/pip install $(PIP_ARGS) --no-deps --target $(COMPILERS) \
 		$$($(BIN)/python tests/plan/gates/requirements.py)
 	@touch $@
 
 $(VENV)/.docs: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/pip install $(PIP_ARGS) -e ".[docs]"
 	@touch $@
 
 demo: $(VENV)/.demo

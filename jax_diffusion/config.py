@@ -164,7 +164,8 @@ def _cast(field: str, old: Any, new: Any) -> Any:
     """`new` as the type of `old`; raises UserError where that would lose something."""
     if isinstance(old, ConfigDict):
         if isinstance(new, str) and "name" in old:
-            return named(new)  # --config.process.schedule=cosine
+            # --config.process.schedule=cosine, --config.model=dit
+            return network(new) if field == "model" else named(new)
         raise UserError(f"--config.{field}={new!r}: this is a group; set one of its fields: {', '.join(old)}")
     if isinstance(old, bool) or isinstance(new, bool):
         fits = isinstance(old, bool) and isinstance(new, bool)

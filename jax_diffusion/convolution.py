@@ -7,6 +7,7 @@ do is XLA's: strides, other types.
 
 import functools
 import json
+import math
 import platform
 from collections.abc import Sequence
 from typing import cast
@@ -19,6 +20,9 @@ from jax_diffusion import lowering
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 _plain = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=NHWC)
+
+# Operations, of additions and products, below which a call of oneDNN costs more than it saves: 0.1 ms.
+LEAST = 1.3e8
 
 # The operation is not part of jaxlib's interface: what it is told was tried with these versions, and a wrong word ends
 # the process.
@@ -80,6 +84,8 @@ def available() -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _onednn(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if 2 * math.prod(x.shape[:3]) * kernel.size < LEAST:
+        return _plain(x, kernel, padding=pads)
     return _call(pads, x, kernel)
 
 

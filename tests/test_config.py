@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from jax_diffusion import config as configs
@@ -115,6 +116,17 @@ def test_a_component_is_replaced_with_its_options():
         "process.schedule=flow", "process.schedule.shift=2", "process.prediction=flow", "model.channels=16"
     )
     assert experiment.build(shifted, (8, 8, 1), 0).process.schedule.shift == 2
+
+
+def test_a_network_is_replaced_with_its_options():
+    sizes = ("model.size=", "model.width=32", "model.depth=2", "model.heads=4", "model.patch=2")
+    config = override("model.channels=16", "model=dit", *sizes)
+    params = jax.eval_shape(experiment.build(config, (8, 8, 1), 10).network.init, jax.random.key(0))
+    assert "channels" not in config.model and params["patch_embed"]["kernel"].shape == (4, 32)
+    with pytest.raises(UserError, match=r"model\.channels: model has no field 'channels'"):
+        override("model=dit", "model.channels=16")
+    with pytest.raises(UserError, match="'dti' is unknown: did you mean 'dit'"):
+        override("model=dti")
 
 
 def test_an_option_its_component_does_not_take():

@@ -6,8 +6,6 @@ import sys
 
 import jax_diffusion as jd
 
-NARROW = ["model.channels=8", "model.multipliers=(1,)", "model.blocks=1", "model.attention_levels=()", "train.steps=1",
-          "optim.warmup=0"]  # fmt: skip
 HEAVY = ["tensorflow", "tensorflow_datasets", "clu", "grain", "torch", "diffusers", "sklearn", "PIL", "orbax"]
 SCRIPT = f"""
 import json, sys
@@ -30,7 +28,8 @@ def test_nothing_heavy_is_imported_and_no_device_is_taken():
 
 def test_training_on_the_digits_starts_without_what_it_does_not_use(arguments, tmp_path):
     """torch is for comparisons, scikit-learn here for one file of its; each is seconds."""
-    typed = ["train", "--config=digits", f"--workdir={tmp_path}", *arguments("digits", *NARROW)]
+    fields = arguments("digits_dit", "train.steps=1", "optim.warmup=0", "train.sample_every=0")
+    typed = ["train", "--config=digits", f"--workdir={tmp_path}", *fields]
     code = f"import sys; from jax_diffusion.cli.main import main; assert main({typed}) == 0; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -119,12 +119,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if "why" in row:
         return ("",) * len(HEAD)
     s, r = row["step_s"], row["ratio"]
-    ms = [1000 * s[k] for k in ("median", "q1", "q3")]
+    ms = [f"{1000 * v:,.0f}" if v >= 1 else f"{1000 * v:.4g}" for v in (s["median"], s["q1"], s["q3"])]
     share = row["share_of_ceiling"]
     return (
         f"  {row['framework']} {row['variant']}{' *' if row['best_of_torch'] else ''}",
         count(row["images_per_s"]),
-        f"{ms[0]:.4g} ({ms[1]:.4g} to {ms[2]:.4g})",
+        f"{ms[0]} ({ms[1]} to {ms[2]})",
         count(row["flops_per_s"]),
         f"{100 * share:.0f} %" if share else "",
         f"{count(row['peak_memory'], 'B')}" if row["peak_memory"] else "",

@@ -42,8 +42,7 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def seen(on_virtual_devices, arguments, tmp_path_factory):
-    fields = arguments("digits", "model.multipliers=(1,)", "model.attention_levels=()", "train.steps=6",
-                       "train.sample_every=0", "train.eval_every=0", "optim.warmup=2")  # fmt: skip
+    fields = arguments("digits_dit", "train.steps=6", "train.sample_every=0", "train.eval_every=0", "optim.warmup=2")
     fields = (field.removeprefix("--config.") for field in fields)
     out = on_virtual_devices(SCRIPT, tmp_path_factory.mktemp("eight"), *fields, timeout=300)
     assert out["devices"] == 8

@@ -93,28 +93,14 @@ def test_without_restarts_the_status_says_why(fake, tmp_path):
 
 
 def test_digits_in_two_processes_train_as_in_one(tmp_path, arguments, tiny):
-    net = (
-        "model.channels=8",
-        "model.heads=1",
-        "model.multipliers=(1,)",
-        "model.attention_levels=()",
-        "model.norm_groups=4",
-    )
-    fields = (
-        *net,
-        "optim.warmup=2",
-        "train.steps=8",
-        "train.eval_every=8",
-        "train.log_every=2",
-        "train.sample_every=0",
-    )
+    fields = ("optim.warmup=2", "train.steps=8", "train.eval_every=8", "train.log_every=2", "train.sample_every=0")
     workdir = tmp_path / "two"
-    overrides = arguments("digits", *fields)
+    overrides = arguments("digits_dit", *fields)
     done = launch(2, "train", "--config=digits", f"--workdir={workdir}", *overrides)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 cpu device(s)" in done.stdout
 
-    loop.train(tiny("digits", *fields), tmp_path / "one", log=lambda line: None)
+    loop.train(tiny("digits_dit", *fields), tmp_path / "one", log=lambda line: None)
     read = lambda d: [json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()]  # noqa: E731
     two, one = read(workdir), read(tmp_path / "one")
     # Float32 sums in another order, over 8 steps of Adam.

@@ -19,7 +19,8 @@ needs_it = pytest.mark.skipif(not convolution.available(), reason="no x86 CPU, s
 
 
 @pytest.fixture(autouse=True)
-def by_onednn():
+def by_onednn(monkeypatch):
+    monkeypatch.setattr(convolution, "LEAST", 0)  # small ones too
     # XLA cannot write down the programs, and warns.
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
@@ -103,6 +104,16 @@ def test_it_is_taken_for_what_it_does_and_left_for_the_rest():
     with lowering.differentiable_forward():
         assert "__onednn" not in program(x, k)
         assert np.all(np.isfinite(jax.jvp(convolve, (x, k), (x, k))[1]))
+
+
+@needs_it
+def test_small_ones_are_xlas_and_the_gradients_of_their_kernels_are_not(monkeypatch):
+    x, k = draw(2, 8, 8, 4), draw(3, 3, 4, 4)
+    operations = 2 * 2 * 8 * 8 * 3 * 3 * 4 * 4
+    for least, calls in ((operations, 2), (operations + 1, 1)):
+        monkeypatch.setattr(convolution, "LEAST", least)
+        traced = jax.jit(jax.value_and_grad(lambda k, x=x: (convolve(x, k) ** 2).sum())).lower(k)
+        assert traced.compile().as_text().count('custom_call_target="__onednn$convolution"') == calls
 
 
 @needs_it

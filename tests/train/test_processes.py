@@ -15,10 +15,8 @@ from jax_diffusion.data import batch_indices
 
 # A machine that is loaded, or stopped for a while, is no death.
 PATIENT = {"JAX_DIFFUSION_HEARTBEAT_TIMEOUT": "600"}
-DIGITS = ("model.channels=16", "model.multipliers=(1,)", "model.attention_levels=()", "model.blocks=1", "train.steps=8",
-          "optim.warmup=2",
-          "train.eval_every=4", "train.sample_every=8", "train.log_every=1", "train.checkpoint_every=4",
-          "sampling.num=6", "sampling.batch_size=6")  # fmt: skip
+DIGITS = ("train.steps=8", "optim.warmup=2", "train.eval_every=4", "train.sample_every=8", "train.log_every=1",
+          "train.checkpoint_every=4", "sampling.num=6", "sampling.batch_size=6")  # fmt: skip
 TOY = ("train.log_every=1", "train.checkpoint_every=10", "train.eval_every=0")
 SHARDS = ("mesh.data=1", "mesh.fsdp=2")  # data parallel: tests/launch/test_local.py
 ENDLESS = "train.steps=1000000"
@@ -33,7 +31,10 @@ def scalars(workdir, key):
 def runs(arguments, tmp_path_factory):
     """The digits, by two processes in shards and by one."""
     root = tmp_path_factory.mktemp("runs")
-    start = lambda name, *f: ("train", "--config=digits", f"--workdir={root / name}", *arguments("digits", *DIGITS, *f))  # noqa: E731
+
+    def start(name, *mesh):
+        return ("train", "--config=digits", f"--workdir={root / name}", *arguments("digits_dit", *DIGITS, *mesh))
+
     with Processes(2, *start("two", *SHARDS), **PATIENT) as two:
         assert two.end() == [0, 0], two[0].said + two[1].said
         (root / "said.0").write_text(two[0].said)

@@ -11,15 +11,15 @@ from jax_diffusion import config as configs
 from jax_diffusion.train import loop
 
 DATA = pathlib.Path(__file__).parents[3] / "shared" / "data"
-SMALL = ["model.channels=16", "model.multipliers=(1,2)", "model.blocks=1", "model.attention_levels=(1,)",
+SMALL = ["model.channels=16", "model.multipliers=(1,2)", "model.blocks=1", "model.attention_levels=()",
          "model.heads=2", "model.head_channels=0", "model.dropout=0.0", "optim.learning_rate=2e-3", "optim.warmup=2",
          "optim.clip=1.0", "train.batch_size=16", "train.steps=40", "train.log_every=10", "train.eval_every=10",
          "train.eval_batches=4", "train.sample_every=0"]  # fmt: skip
 RECIPES = {
     "mnist": ["data.path={}"],
-    "cifar10_ddpm": ["data.path={}/cifar10-test.tar.gz"],
-    "cifar10_edm": ["data.path={}/cifar10-test.tar.gz"],
-    "flowers64": ["data.path={}/flowers64.tar.gz", "data.size=(32,32)"],
+    "cifar10_ddpm": ["data.path={}/cifar10-test.tar.gz", "data.size=(16,16)"],
+    "cifar10_edm": ["data.path={}/cifar10-test.tar.gz", "data.size=(16,16)"],
+    "flowers64": ["data.path={}/flowers64.tar.gz", "data.size=(16,16)"],
     "imagenet64_adm": ["data.path={}/flowers64.tar.gz", "data.size=(16,16)"],
     "imagenet64_edm2": ["data.path={}/flowers64.tar.gz", "data.size=(16,16)", "model.head_channels=8",
                         "model.uncertainty=16", "optim.hold=10", "ema.snapshot_every=20"],
