@@ -56,7 +56,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint $(COMPILERS)/.done
+test:
+	$(MAKE) --jobs=2 lint $(COMPILERS)/.done
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 docs: $(VENV)/.docs

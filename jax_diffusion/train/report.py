@@ -41,9 +41,11 @@ class _Dispatch:
     steps: int
     metrics: Any  # of it, on the device
     done: float | None = None  # when the host found it done
+    late: bool = False  # the host came after that
 
     def wait(self) -> float:
         if self.done is None:
+            self.late = all(getattr(x, "is_ready", bool)() for x in jax.tree.leaves(self.metrics))
             jax.block_until_ready(self.metrics)
             self.done = time.perf_counter()
         return self.done
@@ -65,6 +67,7 @@ class Meter:
         self._pending: tuple[int, list[_Dispatch], dict] | None = None  # step, dispatches, extra
         self._flying: collections.deque[_Dispatch] = collections.deque()
         self._clock = time.perf_counter()  # when the devices began the period that is finished next
+        self._before: tuple[float, int] | None = None  # when they began the one before it, and its steps
 
     def add(self, steps: int, metrics: Any) -> None:
         """One dispatch: how many steps it did and its metrics, still on the device."""
@@ -98,14 +101,18 @@ class Meter:
 
     def restart_clock(self) -> None:
         """Called after work that is not training, so that it does not count in the rates."""
-        self._clock = time.perf_counter()
+        self._clock, self._before = time.perf_counter(), None
 
     def _finish(self, step: int, dispatches: list[_Dispatch], extra: dict) -> Record:
         values, extra = jax.device_get(([d.metrics for d in dispatches], extra))
-        before, self._clock = self._clock, dispatches[-1].wait()  # no more than a look at the clock
-        seconds = self._clock - before
+        began, self._clock = self._clock, dispatches[-1].wait()  # no more than a look at the clock
+        steps = sum(d.steps for d in dispatches)
+        rate = steps / max(self._clock - began, 1e-9)
+        if dispatches[-1].late and self._before:
+            # A host that was busy finds two periods done at once: how long the second took nobody has seen.
+            rate = (self._before[1] + steps) / max(self._clock - self._before[0], 1e-9)
+        self._before = began, steps
         period = metrics.summarise([(d.steps, m) for d, m in zip(dispatches, values, strict=True)])
-        rate = sum(d.steps for d in dispatches) / max(seconds, 1e-9)
         scalars = {
             **period.scalars,
             "images_per_s": rate * self.batch_size,

@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -146,6 +147,20 @@ def test_a_rate_is_the_devices_and_not_the_hosts(every, monkeypatch):
         clock[0] += 100
     assert [r.step for r in records] == [s for s in range(1, 43) if (s % 21 or 21) % every == 0 or s % 21 == 0]
     np.testing.assert_allclose([r.scalars["images_per_s"] for r in records], 4, rtol=1e-6)
+
+
+def test_a_host_that_comes_late_says_no_rate_that_nobody_reached(monkeypatch):
+    """Two steps of a second each, both done when it looks."""
+    clock = [0.0]
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    meter = Meter(total_steps=2, batch_size=4, flops_per_step=1.0)
+    ready = {k: jax.device_put(v) for k, v in said([1.0])[1].items()}
+    meter.add(1, ready)
+    assert meter.roll(1, {}) == []
+    meter.add(1, ready)
+    clock[0] = 2.0
+    rates = [r.scalars["images_per_s"] for r in meter.flush(2, {})]
+    assert rates == [2, 4]  # the first, it saw, took no longer than both; the second is a mean
 
 
 def test_a_meter_forgets_what_a_rollback_takes_back():
