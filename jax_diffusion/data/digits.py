@@ -31,6 +31,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
     if not path.exists():  # a scikit-learn that keeps it elsewhere
         from sklearn.datasets import load_digits
 
-        return load_digits().images, load_digits().target
+        digits = load_digits()
+        return digits.images, digits.target
     table = np.loadtxt(path, delimiter=",")
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)

@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 @functools.cache
 def pair_of(name: str) -> Pair:
-    """ "rk45" or "rk23": SciPy's coefficients, which it documents as attributes of the class."""
+    """SciPy's "rk45" or "rk23", whose coefficients it documents as attributes of a class."""
     from scipy import integrate  # a third of a second, which starts without an adaptive solver need not spend
 
     method = {"rk45": integrate.RK45, "rk23": integrate.RK23}[name]

@@ -66,8 +66,9 @@ class Meter:
         self._current: list[_Dispatch] = []
         self._pending: tuple[int, list[_Dispatch], dict] | None = None  # step, dispatches, extra
         self._flying: collections.deque[_Dispatch] = collections.deque()
-        self._clock = time.perf_counter()  # when the devices began the period that is finished next
-        self._before: tuple[float, int] | None = None  # when they began the one before it, and its steps
+        self._clock: float  # when the devices began the period that is finished next
+        self._before: tuple[float, int] | None  # when they began the one before it, and its steps
+        self.restart_clock()
 
     def add(self, steps: int, metrics: Any) -> None:
         """One dispatch: how many steps it did and its metrics, still on the device."""

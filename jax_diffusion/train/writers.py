@@ -101,13 +101,14 @@ class MetricWriter:
             self._open(start)
 
     def _open(self, start: int) -> None:
+        board_class = _board_class()
         try:
             for name, last in (("metrics", start), ("speed", None)):
                 path = self.workdir / f"{name}.jsonl"
                 _trim(path, last)
                 self._files[name] = path.open("ab", buffering=0)
             # TensorBoard drops what it has of later steps.
-            self._board = _board_class()(str(self.workdir / "tensorboard"), purge_step=start + 1)
+            self._board = board_class(str(self.workdir / "tensorboard"), purge_step=start + 1)
         except OSError as e:
             raise _unwritable(self.workdir, e) from e
 
