@@ -169,15 +169,14 @@ def test_the_trace_shows_the_next_step_queued_before_a_step_ends(tiny, tmp_path,
 def test_the_loop_moves_nothing_that_it_does_not_say(tiny, tmp_path, monkeypatch, k):
     """Between devices and host only by device_put and device_get: a Python number given to a program would be an
     implicit transfer."""
-    begin, guard = report.Meter.restart_clock, []
+    watch, guard = loop.Watchdog.__enter__, []
 
-    def enter(meter):
-        begin(meter)
-        if not guard:
-            guard.append(jax.transfer_guard("disallow"))
-            guard[0].__enter__()
+    def enter(watchdog):  # where the steps begin
+        guard.append(jax.transfer_guard("disallow"))
+        guard[0].__enter__()
+        return watch(watchdog)
 
-    monkeypatch.setattr(report.Meter, "restart_clock", enter)
+    monkeypatch.setattr(loop.Watchdog, "__enter__", enter)
     config = tiny("toy2d", *FIELDS, "train.eval_every=0", f"train.steps_per_dispatch={k}")
     try:
         outcome = loop.train(config, tmp_path, log=lambda line: None)
