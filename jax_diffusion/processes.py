@@ -71,7 +71,9 @@ def leave(why: str, workdir: str | os.PathLike | None) -> None:
     if not _once.acquire(blocking=False):  # a second thread finds out too: the first is about to end both
         threading.Event().wait()
     sys.stdout.flush()
-    print(f"jax-diffusion: error: {describe(why, workdir)}", file=sys.stderr, flush=True)
+    # With its end in one piece: print writes that apart under PYTHONUNBUFFERED, and native threads are complaining too.
+    sys.stderr.write(f"jax-diffusion: error: {describe(why, workdir)}\n")
+    sys.stderr.flush()
     os._exit(RESUME)
 
 

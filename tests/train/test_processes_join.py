@@ -180,3 +180,21 @@ def test_a_mistake_of_one_ends_it_at_once(tmp_path):
     with Processes(2, *command, JAX_DIFFUSION_HEARTBEAT_TIMEOUT="600") as two:
         assert two.end() == [2, 2]
         assert all("train.batch_size=3 does not divide over 2 devices" in p.said for p in two)
+
+
+def test_the_last_line_is_written_in_one_piece():
+    """Where print would write its end apart, a native thread's complaint could come between."""
+    program = """
+import os, sys
+from jax_diffusion import processes
+pieces = []
+sys.stderr.write = pieces.append
+processes._rank = lambda: (0, 2)
+os._exit = lambda status: print(status, pieces)
+processes.leave("Socket closed", None)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONUNBUFFERED": "1"}, capture_output=True, text=True
+    )
+    line = "jax-diffusion: error: process 1 of 2 is gone (Socket closed); start all of them again\n"
+    assert done.stdout == f"{processes.RESUME} {[line]}\n", done.stderr
