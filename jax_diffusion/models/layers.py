@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_diffusion import lowering
 from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.convolution import NHWC, convolve
 from jax_diffusion.models.norm import GroupNorm
@@ -93,9 +94,24 @@ def conv(cin, cout, size=3, *, stride=1, padding=None, zero=False, dtype=None, r
     )
 
 
-def dense(cin, cout, *, zero=False, dtype=None, rngs) -> nnx.Linear:
-    init = {"kernel_init": zeros_init()} if zero else {}
-    return nnx.Linear(cin, cout, dtype=dtype, param_dtype=jnp.float32, rngs=rngs, **init)
+def dense(cin, cout, *, zero=False, init=None, bias=True, dtype=None, rngs) -> nnx.Linear:
+    """A matrix with float32 parameters, drawn by `init` (else by Flax's), a zero bias; [..., I] -> [..., O]."""
+    drawn = zeros_init() if zero else init
+    given = {"kernel_init": drawn} if drawn else {}
+    return nnx.Linear(
+        cin, cout, use_bias=bias, dtype=dtype, param_dtype=jnp.float32, dot_general=dot_rows, rngs=rngs, **given
+    )
+
+
+def dot_rows(x: jax.Array, kernel: jax.Array, dimension_numbers=None, **options) -> jax.Array:
+    """[..., I] times [I, O], in the form that nnx.Linear calls: lax.dot_general along the last axis.
+
+    For CPUs with all other axes made one: for the kernel's gradient, a sum over them, XLA would transpose an operand in
+    memory for want of it, which takes as long as the product.
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if lowering.target() == "cpu" else x
+    y = jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def embed_label(embed: nnx.Embed, cond: dict, batch: int, num_classes: int) -> jax.Array:

@@ -106,12 +106,12 @@ class Attention(nnx.Module):
 
     def __init__(self, channels: int, heads: int, head_channels: int, memory: int, linear: bool, *, dtype, rngs):
         width = heads * head_channels
-        kw = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
+        kw = {"dtype": dtype, "rngs": rngs}
         self.norm = RMSNorm(channels)
-        self.qkv = nnx.Linear(channels, 3 * width, use_bias=False, **kw)
+        self.qkv = layers.dense(channels, 3 * width, bias=False, **kw)
         kv = (2, memory, heads, head_channels)
         self.memory = nnx.Param(jax.random.normal(rngs.params(), kv, jnp.float32)) if memory else None
-        self.out = nnx.Linear(width, channels, **kw)
+        self.out = layers.dense(width, channels, **kw)
         self.out_norm = RMSNorm(channels) if linear else None
         self.heads, self.linear = heads, linear
 

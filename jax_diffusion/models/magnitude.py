@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_diffusion.models.layers import dot_rows
+
 EPS = 1e-4  # added to the magnitude that is divided by
 
 
@@ -71,7 +73,7 @@ class MPConv(nnx.Module):
         w = (w * (gain / math.sqrt(w.size // w.shape[-1]))).astype(self.dtype)
         x = x.astype(self.dtype)
         if not self.size:
-            return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+            return dot_rows(x, w)
         pad = (self.size // 2, self.size // 2)
         return jax.lax.conv_general_dilated(x, w, (1, 1), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 

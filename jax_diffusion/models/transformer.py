@@ -29,9 +29,7 @@ REMAT: dict[str, dict[str, Any] | None] = {
 
 def linear(cin: int, cout: int, *, init: Callable, bias: bool = True, dtype=None, rngs: nnx.Rngs) -> nnx.Linear:
     """A matrix in `dtype` with float32 parameters, a zero bias and the weights that `init` draws."""
-    return nnx.Linear(
-        cin, cout, use_bias=bias, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
-    )  # fmt: skip
+    return layers.dense(cin, cout, init=init, bias=bias, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(width: int, *, eps: float, affine: bool = True, rngs: nnx.Rngs) -> nnx.LayerNorm:

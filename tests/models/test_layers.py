@@ -130,3 +130,32 @@ def test_no_ranks_are_promoted_silently():
     """What tests/conftest.py asks of JAX holds here."""
     with pytest.raises(ValueError, match="rank"):
         jax.jit(jnp.add)(jnp.ones((2, 3)), jnp.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 3, 4, 5), (0, 3, 5)])
+def test_a_matrix_is_flaxs(shape):
+    """Values and gradients, to the last bit but for the sum over rows, which is another product's."""
+    ours, theirs = (make(5, 7, rngs=nnx.Rngs(0)) for make in (layers.dense, nnx.Linear))
+    x = jax.random.normal(jax.random.key(1), shape)
+
+    def both(layer):
+        graph, state = nnx.split(layer)
+        return jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, x)
+
+    (y, back), (expected, their_back) = both(ours), both(theirs)
+    np.testing.assert_array_equal(y, expected)
+    for a, b in zip(jax.tree.leaves(back(y)), jax.tree.leaves(their_back(y)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_matrix_has_its_gradient_without_transposing_in_memory():
+    """On CPUs, for which XLA would do so for any sum over two axes."""
+
+    def moved(layer):
+        graph, state = nnx.split(layer)
+        x, g = jnp.zeros((4, 64, 32)), jnp.zeros((4, 64, 48))
+        gradient = jax.jit(lambda state, x, g: jax.vjp(lambda s: nnx.merge(graph, s)(x), state)[1](g))
+        return " copy(" in gradient.lower(state, x, g).compile().as_text()
+
+    assert not moved(layers.dense(32, 48, rngs=nnx.Rngs(0)))
+    assert moved(nnx.Linear(32, 48, rngs=nnx.Rngs(0)))  # else XLA does it by itself, and dot_rows can go

@@ -8,8 +8,8 @@ said.
         assert "process 1 of 2 is gone" in two[0].said
 
 Each process holds one CPU device (with more than one, gloo may deadlock), and they meet at a free port. Leaving the
-block kills what still runs: SIGTERM alone may not end a process that has joined others. `alone(...)` runs the same
-command in one process, for comparison. `environment` is what a script of one's own (`program=`) needs to join.
+block kills what still runs: SIGTERM alone may not end a process that has joined others. `environment` is what a script
+of one's own (`program=`) needs to join.
 """
 
 import os
@@ -121,12 +121,3 @@ class Processes:
     def __exit__(self, *exc) -> None:
         for p in self._all:
             p.kill()
-
-
-def alone(*arguments: str, program: tuple[str, ...] = COMMAND, **env: str) -> subprocess.CompletedProcess:
-    """The command in one process that joins no other."""
-    return subprocess.run(
-        [*map(str, program), *map(str, arguments)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT,
-    )  # fmt: skip
