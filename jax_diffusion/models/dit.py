@@ -47,7 +47,7 @@ class Block(nnx.Module):
 
     def __init__(self, width, heads, hidden, *, qkv_bias, mlp_norm_eps, dtype, rngs: nnx.Rngs):
         kw = {"dtype": dtype, "rngs": rngs}
-        self.modulation = transformer.linear(width, 6 * width, init=zeros, **kw)
+        self.modulation = layers.dense(width, 6 * width, init=zeros, **kw)
         self.norm1 = transformer.layer_norm(width, eps=1e-6, affine=False, rngs=rngs)
         self.attention = transformer.SelfAttention(width, heads, qkv_bias=qkv_bias, init=xavier, **kw)
         self.norm2 = transformer.layer_norm(width, eps=mlp_norm_eps, affine=False, rngs=rngs)
@@ -69,10 +69,9 @@ class DiT(nnx.Module):
                  qkv_bias, mlp_norm_eps, frequency_shift, flow_to_data, num_classes, null_label, cond_channels, remat,
                  unroll, dtype, constrain):  # fmt: skip
         kw = {"dtype": dtype, "rngs": rngs}
-        linear = transformer.linear
-        self.patch_embed = linear((shape[-1] + cond_channels) * patch**2, width, init=xavier, **kw)
-        self.time1 = linear(256, width, init=small, rngs=rngs)
-        self.time2 = linear(width, width, init=small, rngs=rngs)
+        self.patch_embed = layers.dense((shape[-1] + cond_channels) * patch**2, width, init=xavier, **kw)
+        self.time1 = layers.dense(256, width, init=small, rngs=rngs)
+        self.time2 = layers.dense(width, width, init=small, rngs=rngs)
         # The extra row is the null label of classifier-free guidance.
         self.label = (
             nnx.Embed(num_classes + null_label, width, embedding_init=small, rngs=rngs) if num_classes else None
@@ -86,8 +85,8 @@ class DiT(nnx.Module):
             rngs=rngs,
         )
         self.norm = transformer.layer_norm(width, eps=1e-6, affine=False, rngs=rngs)
-        self.modulation = linear(width, 2 * width, init=zeros, **kw)
-        self.head = linear(width, (out_channels + spare_channels) * patch**2, init=zeros, rngs=rngs)
+        self.modulation = layers.dense(width, 2 * width, init=zeros, **kw)
+        self.head = layers.dense(width, (out_channels + spare_channels) * patch**2, init=zeros, rngs=rngs)
         self.shape, self.out_channels, self.width, self.patch = shape, out_channels, width, patch
         self.num_classes, self.frequency_shift, self.flow_to_data = num_classes, frequency_shift, flow_to_data
         self.remat, self.unroll, self.dtype, self.constrain, self.depth = remat, unroll, dtype, constrain, depth

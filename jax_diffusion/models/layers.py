@@ -95,7 +95,8 @@ def conv(cin, cout, size=3, *, stride=1, padding=None, zero=False, dtype=None, r
 
 
 def dense(cin, cout, *, zero=False, init=None, bias=True, dtype=None, rngs) -> nnx.Linear:
-    """A matrix with float32 parameters, drawn by `init` (else by Flax's), a zero bias; [..., I] -> [..., O]."""
+    """A matrix in `dtype` with float32 parameters, the weights that `init` draws (else Flax's) and a zero bias.
+    [..., I] -> [..., O].  zero: the weights begin at zero."""
     drawn = zeros_init() if zero else init
     given = {"kernel_init": drawn} if drawn else {}
     return nnx.Linear(

@@ -95,8 +95,8 @@ class SongUNet(nnx.Module):
 
         sinusoidal = time_embedding == "sinusoidal"
         self.fourier = None if sinusoidal else layers.FourierEmbedding(noise, sine_first=True, rngs=rngs)
-        self.label = nnx.Linear(num_classes + null_label, noise, rngs=rngs) if num_classes else None
-        self.augment = nnx.Linear(augment_dim, noise, use_bias=False, rngs=rngs) if augment_dim else None
+        self.label = layers.dense(num_classes + null_label, noise, rngs=rngs) if num_classes else None
+        self.augment = layers.dense(augment_dim, noise, bias=False, rngs=rngs) if augment_dim else None
         self.time1 = layers.dense(noise, emb, rngs=rngs)
         self.time2 = layers.dense(emb, emb, rngs=rngs)
         self.stem = layers.conv(image_channels, channels, **kw)

@@ -27,11 +27,6 @@ REMAT: dict[str, dict[str, Any] | None] = {
 }
 
 
-def linear(cin: int, cout: int, *, init: Callable, bias: bool = True, dtype=None, rngs: nnx.Rngs) -> nnx.Linear:
-    """A matrix in `dtype` with float32 parameters, a zero bias and the weights that `init` draws."""
-    return layers.dense(cin, cout, init=init, bias=bias, dtype=dtype, rngs=rngs)
-
-
 def layer_norm(width: int, *, eps: float, affine: bool = True, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm in float32, its variance taken around the mean: streams of tokens drift far from zero."""
     return nnx.LayerNorm(
@@ -44,8 +39,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool, init: Callable, dtype, rngs: nnx.Rngs):
         kw = {"init": init, "dtype": dtype, "rngs": rngs}
-        self.qkv = linear(width, 3 * width, bias=qkv_bias, **kw)
-        self.out = linear(width, width, **kw)
+        self.qkv = layers.dense(width, 3 * width, bias=qkv_bias, **kw)
+        self.out = layers.dense(width, width, **kw)
         self.heads = heads
 
     def __call__(self, x: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:
@@ -80,8 +75,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, tanh: bool, init: Callable, dtype, rngs: nnx.Rngs):
         kw = {"init": init, "dtype": dtype, "rngs": rngs}
-        self.up = linear(width, hidden, **kw)
-        self.down = linear(hidden, width, **kw)
+        self.up = layers.dense(width, hidden, **kw)
+        self.down = layers.dense(hidden, width, **kw)
         self.tanh = tanh
 
     def __call__(self, x: jax.Array, constrain: Constraint = UNCONSTRAINED) -> jax.Array:

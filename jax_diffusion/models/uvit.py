@@ -39,7 +39,7 @@ class Block(nnx.Module):
 
     def __init__(self, width, heads, hidden, *, qkv_bias, skip, dtype, rngs: nnx.Rngs):
         kw = {"init": small, "dtype": dtype, "rngs": rngs}
-        self.skip = transformer.linear(2 * width, width, **kw) if skip else None
+        self.skip = layers.dense(2 * width, width, **kw) if skip else None
         self.norm1 = transformer.layer_norm(width, eps=1e-5, rngs=rngs)
         self.attention = transformer.SelfAttention(width, heads, qkv_bias=qkv_bias, **kw)
         self.norm2 = transformer.layer_norm(width, eps=1e-5, rngs=rngs)
@@ -67,9 +67,9 @@ class UViT(nnx.Module):
             )
 
         patch_inputs = (shape[-1] + cond_channels) * patch**2
-        self.patch_embed = transformer.linear(patch_inputs, width, init=uniform_of_inputs, **kw)
-        self.time1 = transformer.linear(width, 4 * width, init=small, rngs=rngs) if time_mlp else None
-        self.time2 = transformer.linear(4 * width, width, init=small, rngs=rngs) if time_mlp else None
+        self.patch_embed = layers.dense(patch_inputs, width, init=uniform_of_inputs, **kw)
+        self.time1 = layers.dense(width, 4 * width, init=small, rngs=rngs) if time_mlp else None
+        self.time2 = layers.dense(4 * width, width, init=small, rngs=rngs) if time_mlp else None
         normal = nnx.initializers.normal(1.0)
         # The extra row is the null label of classifier-free guidance.
         self.label = (
@@ -83,7 +83,7 @@ class UViT(nnx.Module):
         # Kept in the order of the blocks whose outputs they take, which is the reverse of the order they run in.
         self.out_stack = transformer.stacked(block(skip), depth // 2, rngs=rngs)
         self.norm = transformer.layer_norm(width, eps=1e-5, rngs=rngs)
-        self.head = transformer.linear(width, out_channels * patch**2, init=small, rngs=rngs)
+        self.head = layers.dense(width, out_channels * patch**2, init=small, rngs=rngs)
         self.conv = layers.conv(out_channels, out_channels, rngs=rngs) if conv else None
         self.shape, self.width, self.patch, self.num_classes = shape, width, patch, num_classes
         self.time_scale, self.time_offset = time_scale, time_offset
