@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "jax_diffusion" / "version.py").read_text())[1]
 
+# oneDNN and its headers; where there is no wheel, XLA does without.
+ONEDNN = "==2023.2.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
+CPU = [f"{name}{ONEDNN}" for name in ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")]
 DATA = ["array_record", "google-crc32c", "grain", "protobuf", "pyarrow", "scikit-learn>=1.4"]
 PLOT = ["matplotlib"]
 LOGGERS = ["wandb>=0.18", "aim>=3.20"]
@@ -29,7 +32,7 @@ setup(
     # The recipes ship inside the wheel, so that `--config=digits` works anywhere.
     packages=[*find_packages(include=["jax_diffusion", "jax_diffusion.*"]), "jax_diffusion.configs"],
     package_dir={"jax_diffusion.configs": "configs"},
-    package_data={"": ["*.css", "*.html", "*.js", "py.typed"]},
+    package_data={"": ["*.cc", "*.css", "*.html", "*.js", "py.typed"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",
@@ -49,15 +52,17 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "cpu": CPU,
         "data": DATA,
         "plot": PLOT,
         "loggers": LOGGERS,
-        "bench": BENCH,
+        "bench": [*BENCH, *CPU],
         "docs": DOCS,
         "studio": STUDIO,
         "dev": ["jax_diffusion[test]", "nbstripout==0.9.1", "pre-commit>=4"],
         # An exact torch: the tests compare numbers, and this release has a CPU-only build.
         "test": [
+            *CPU,
             *DATA,
             *DOCS,
             *PLOT,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jax_diffusion import lowering, placement, sharding
+from jax_diffusion import lowering, onednn, placement, sharding
+from jax_diffusion.onednn import operations
 
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
@@ -93,8 +94,11 @@ def _splash_heads(q_BxTxNxD, k_BxSxNxD, v_BxSxNxD, *, heads: int, interpret: boo
 
 
 def _heads_first(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) -> jax.Array:
-    """On CPUs a product over [B, T, N, D] is four copies and a product; here each operand is moved once."""
+    """On CPUs XLA's product over [B, T, N, D] is four copies and a product: here each operand is moved once."""
     q, k, v = q_BxTxNxD * q_BxTxNxD.shape[-1] ** -0.5, k_BxSxNxD, v_BxSxNxD
+    if onednn.multiplies(q, k, 2 * q.size * k.shape[1]):  # which reads them as they lie
+        weights = jax.nn.softmax(operations.product(q, k, transpose_b=True, inside=(True, True, False)))
+        return operations.product(weights, v, inside=(False, True, True))
     if q.shape[2] == 1:
         return _softmax_products(*(x[:, :, 0] for x in (q, k, v)))[:, :, None]
     return _softmax_products(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)

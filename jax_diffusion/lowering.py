@@ -15,53 +15,24 @@ import jax
 
 # Left to itself, XLA hands convolutions on CPUs to YNNPACK, which runs those of large images on one core and the
 # gradients of all at half of Eigen's rate: they stay with Eigen.
-_PRODUCTS, _SUMS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE"
-_YNNPACK: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": f"{_PRODUCTS},{_SUMS}"}
-_ONEDNN: dict[str, Any] = {
-    "xla_cpu_use_onednn": True,
-    "xla_cpu_experimental_onednn_fusion_type": _PRODUCTS,
-    "xla_cpu_experimental_ynn_fusion_type": _SUMS,
+_YNNPACK: dict[str, Any] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 }
 
 
-_by_onednn = False  # of the process, its threads included
-
-
-@contextlib.contextmanager
-def onednn(on: bool = True):
-    """What is traced and compiled within, for x86 CPUs, has its products and convolutions done by oneDNN.
-
-    Faster on an Intel processor (docs/benchmarks.md), and not the default: XLA cannot write such programs down, so each
-    start compiles anew.
-    """
-    global _by_onednn
-    before, _by_onednn = _by_onednn, on
-    try:
-        yield
-    finally:
-        _by_onednn = before
-
-
-def by_onednn() -> bool:
-    return _by_onednn
-
-
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """The first of what is wished for that this build of XLA does, for jax.jit; None where there is nothing."""
-    wished = [] if platform != "cpu" else [_ONEDNN, _YNNPACK] if by_onednn() else [_YNNPACK]
-    return next((options for options in wished if _does(tuple(options.items()))), None)
+    """What this build of XLA is asked for, for jax.jit; None where there is nothing."""
+    return _YNNPACK if platform == "cpu" and _knows(tuple(_YNNPACK.items())) else None
 
 
 @functools.cache
-def _does(items: tuple[tuple[str, Any], ...]) -> bool:
-    options = dict(items)
-    one = jax.ShapeDtypeStruct((64, 64), "float32")
+def _knows(options: tuple[tuple[str, Any], ...]) -> bool:
+    one = jax.ShapeDtypeStruct((), "float32")
     try:
-        compiled = jax.jit(lambda a: a @ a, compiler_options=options).lower(one).compile()
+        jax.jit(lambda a: a + 1, compiler_options=dict(options)).lower(one).compile()
     except Exception:  # an option of another version: XLA names it in errors of several types
         return False
-    # A build without oneDNN knows its options and goes by none.
-    return "xla_cpu_use_onednn" not in options or "onednn" in (compiled.as_text() or "")
+    return True
 
 
 def jit(function: Callable, platform: str | None = None, **options: Any) -> Callable:
@@ -96,8 +67,8 @@ _forward_mode: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mo
 
 
 def differentiable_forward() -> contextlib.AbstractContextManager[None]:
-    """Within it networks are traced to what forward-mode differentiation takes: cuDNN's attention and oneDNN's
-    convolutions have a reverse mode only."""
+    """Within it networks are traced to what forward-mode differentiation takes: cuDNN's attention has a reverse mode
+    only."""
     return _holding(_forward_mode, True)
 
 

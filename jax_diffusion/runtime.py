@@ -63,9 +63,10 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument(
         "--onednn",
-        action="store_true",
-        help="on x86 CPUs: matrix products and convolutions by oneDNN, for long runs; faster, but no compiled program "
-        "can be kept",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="on x86 CPUs: matrix products and convolutions by oneDNN where it is installed (pip install "
+        "'jax_diffusion[cpu]'; auto, the default), not without it (on), or by XLA (off)",
     )
 
 

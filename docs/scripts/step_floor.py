@@ -2,7 +2,7 @@
 
     python docs/scripts/step_floor.py --case=unet_half --batch=16
     python docs/scripts/step_floor.py --case=dit_s2 --batch=16
-    python docs/scripts/step_floor.py --case=unet_half --batch=16 --onednn
+    python docs/scripts/step_floor.py --case=unet_half --batch=16 --onednn=off
 
 Of one training step of `jax-diffusion bench`, in JAX (from its jaxpr) and in PyTorch (eager, its operations as they are
 dispatched), every distinct product is run by itself, many times, with its operands laid out as in the step. Columns:
@@ -54,49 +54,25 @@ def equations(jaxpr, times=1):
     """(equation, how often) of every product in a jaxpr, loops unrolled in number."""
     from jax.extend.core import ClosedJaxpr
 
+    from jax_diffusion.onednn import operations
     from jax_diffusion.train import flops
 
     for eqn in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated", *operations.FLOPS):
             yield eqn, times
         for body in flops.bodies(eqn.params):
             yield from equations(body, times * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else times)
 
 
 def kind_of(eqn):
-    """Of a convolution: forward, or the gradient by its input or its kernel, as JAX writes them."""
-    if eqn.primitive.name == "dot_general":
+    """Of a convolution: forward, or the gradient by its input or its kernel."""
+    if eqn.primitive.name in ("dot_general", "onednn_product"):
         return "matrix products"
-    lhs, rhs, _ = eqn.params["dimension_numbers"]
-    if lhs[0] != 0:
-        return "convolutions, gradient by the kernel"
-    return "convolutions, gradient by the input" if rhs[0] != 3 else "convolutions, forward"
-
-
-def call_of(eqn, operands):
-    """A product as the step does it, and its operands: convolutions of images by the package's own function."""
-    import jax
-    import jax.numpy as jnp
-
-    from jax_diffusion import convolution
-
-    kind, p = kind_of(eqn), eqn.params
-    as_traced = functools.partial(eqn.primitive.bind, **p), operands
-    if kind == "matrix products":
-        return as_traced
-    given = ("lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
-    options = {name: p[name] for name in given} | {"dimension_numbers": convolution.NHWC}
-    call = functools.partial(convolution.convolve, strides=p["window_strides"], padding=p["padding"], **options)
-    if kind != "convolutions, gradient by the kernel":
-        x, kernel = operands
-        return call, (x, kernel.swapaxes(2, 3) if "input" in kind else kernel)
-    if p["window_strides"] != (1, 1) or p["rhs_dilation"] != (1, 1):
-        return as_traced
-    x, gradient = operands
-    size = (n + sum(pads) - m + 1 for n, m, pads in zip(x.shape[1:3], gradient.shape[1:3], p["padding"], strict=True))
-    kernel = jnp.zeros((*size, x.shape[-1], gradient.shape[-1]))
-    # The forward pass that vjp begins with is used by nobody, and XLA leaves it out.
-    return lambda x, gradient: jax.vjp(lambda k: call(x, k), kernel)[1](gradient)[0], operands
+    of = eqn.params.get("of")  # oneDNN's; else as JAX writes them
+    if of is None:
+        lhs, rhs, _ = eqn.params["dimension_numbers"]
+        of = "kernel" if lhs[0] != 0 else "input" if rhs[0] != 3 else "result"
+    return {"result": "convolutions, forward"}.get(of, f"convolutions, gradient by the {of}")
 
 
 def in_jax(folder, work, variant):
@@ -104,7 +80,7 @@ def in_jax(folder, work, variant):
     import jax.numpy as jnp
     import numpy as np
 
-    from jax_diffusion import lowering
+    from jax_diffusion import lowering, onednn
     from jax_diffusion.bench import jax_side
     from jax_diffusion.train import flops
 
@@ -115,7 +91,9 @@ def in_jax(folder, work, variant):
     said = side.prepare("step", "train", variant, work.batch, 2)
     step = clock(lambda: side.prepared["step"].run(1), seconds=4, rounds=3)
     seen, counts = {}, collections.Counter()
-    for eqn, times in equations(side._program(work.batch).trace().jaxpr):
+    with onednn.off(variant == "xla"):
+        traced = side._program(work.batch).trace()
+    for eqn, times in equations(traced.jaxpr):
         key = (eqn.primitive.name, str(eqn.params), str([v.aval for v in eqn.invars]))
         seen[key] = eqn
         counts[key] += times
@@ -123,10 +101,8 @@ def in_jax(folder, work, variant):
     rng = np.random.default_rng(0)
     for key, eqn in seen.items():
         operands = [jnp.asarray(rng.standard_normal(v.aval.shape), v.aval.dtype) for v in eqn.invars]
-        with lowering.onednn(variant == "onednn"):
-            call, operands = call_of(eqn, operands)
-            run = lowering.jit(call)
-            seconds = clock(lambda run=run, operands=operands: jax.block_until_ready(run(*operands)))
+        run = lowering.jit(functools.partial(eqn.primitive.bind, **eqn.params))
+        seconds = clock(lambda run=run, operands=operands: jax.block_until_ready(run(*operands)))
         row = rows[kind_of(eqn)]
         row[0] += counts[key] * flops.of_equation(eqn)
         row[1] += counts[key] * seconds
@@ -227,14 +203,14 @@ def main():
     parser.add_argument("--case", default="unet_half", choices=sorted(set(cases.CASES) - {"ddpm_pytorch"}))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each framework, in turns")
-    parser.add_argument("--onednn", action="store_true", help="JAX's products and convolutions by oneDNN")
+    parser.add_argument("--onednn", choices=("auto", "off"), default="auto", help="off: JAX's by XLA")
     parser.add_argument("--side", choices=["jax", "torch"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = cases.Work(args.case, "train", args.batch, "float32", 50)
     if args.side:
         measure = {"jax": in_jax, "torch": in_torch}[args.side]
-        print(json.dumps(measure(pathlib.Path(args.folder), work, "onednn" if args.onednn else "default")))
+        print(json.dumps(measure(pathlib.Path(args.folder), work, "xla" if args.onednn == "off" else "default")))
         return
     runs = collections.defaultdict(list)
     environments = {"jax": os.environ, "torch": {**os.environ, **machine.torch_environment(machine.free_share(2))}}

@@ -1,6 +1,6 @@
 """JAX's side: the trainer's step, the network, and the sampler's program, each compiled as it is when used.
 
-Variants: `default`; on x86 CPUs also `onednn` (lowering.onednn); on accelerators `k10`, ten training steps in one
+Variants: `default`; where that is by oneDNN also `xla`, without it; on accelerators `k10`, ten training steps in one
 dispatch, and for transformers what the default is not: `scanned`, training with one loop over the blocks, or
 `unrolled`, the other modes without one.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_diffusion import convolution, lowering, placement, runtime, sharding
+from jax_diffusion import lowering, onednn, placement, runtime, sharding
 from jax_diffusion import model as models
 from jax_diffusion.bench import cases, worker
 from jax_diffusion.data import augment
@@ -45,9 +45,11 @@ class Side:
         self.threads, self.folder = threads, folder
         self.prepared: dict[str, Prepared] = {}
         self.work: cases.Work | None = None
+        self.plain = False  # nothing is by oneDNN
 
-    def start(self, compile_cache: str = "off") -> dict[str, Any]:
-        """compile_cache: a folder; "off": none, so that the time to compile is told (the environment may name one)."""
+    def start(self, compile_cache: str = "off", onednn: bool = True) -> dict[str, Any]:
+        """compile_cache: a folder; "off": none, so that the time to compile is told (the environment may name one).
+        onednn: False has no variant by it."""
         import flax
         import jaxlib
         import optax
@@ -55,6 +57,7 @@ class Side:
         if compile_cache != "off":
             runtime.keep_compiled(compile_cache)
         lowering.keep_memory()
+        self.plain = not onednn
         device = jax.devices()[0]
         return {
             "platform": jax.default_backend(),
@@ -96,7 +99,7 @@ class Side:
 
     def variants(self, mode: str) -> list[str]:
         if jax.default_backend() == "cpu":
-            return ["default", "onednn"] if convolution.available() else ["default"]
+            return ["default", "xla"] if onednn.taken() and not self.plain else ["default"]
         training = mode == "train"
         loops = ["scanned" if training else "unrolled"] if "unroll" in self.config.model else []
         return ["default", *(["k10"] if training else []), *loops]
@@ -123,7 +126,7 @@ class Side:
             return prediction, p.loss(prediction, p.parameterization.target(x0, eps, t), x_t, t)
 
         arguments = [jnp.asarray(given[k]) for k in ("x0", "t", "label", "noise")]
-        with lowering.onednn(variant == "onednn"), placement.tracing_for(built.mesh):
+        with onednn.off(self.plain or variant == "xla"), placement.tracing_for(built.mesh):
             prediction, loss = jax.device_get(lowering.jit(outputs)(self.params, *arguments))
         return self._save("check", output=prediction, loss=loss)
 
@@ -131,7 +134,7 @@ class Side:
         """Compiles and warms up `mode`. Returns seconds to compile, seconds a step, and FLOPs a step."""
         make = {"train": self._train, "forward": self._forward, "sample": self._sample}[mode]
         started = time.perf_counter()
-        with lowering.onednn(variant == "onednn"):
+        with onednn.off(self.plain or variant == "xla"):
             ready, work = make(batch, variant)
             ready.run(ready.per_call)
         first = time.perf_counter() - started

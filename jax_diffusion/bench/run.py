@@ -25,7 +25,7 @@ from jax_diffusion.train.report import duration
 from jax_diffusion.version import __version__
 
 CHECKED = 2  # images of the first comparison
-CHECKED_VARIANTS = ("default", "onednn")  # of JAX; the others are the same operations
+CHECKED_VARIANTS = ("default", "xla")  # of JAX; the others are the same operations
 
 
 class Bench:
@@ -94,7 +94,8 @@ class Bench:
         for name in names:
             worker = self.workers[name]
             worker.stop()
-            more = {"platform": self.platform} if name == "torch" else {"compile_cache": self.o.compile_cache}
+            ours = {"compile_cache": self.o.compile_cache, "onednn": self.o.onednn}
+            more = {"platform": self.platform} if name == "torch" else ours
             said = worker.call("start", **more)
             self.result["versions"] |= said.pop("versions", {})
             self.result["machine"].setdefault(name, said)
@@ -193,7 +194,7 @@ class Bench:
 
     def _our_variants(self, name: str, mode: str) -> list[str]:
         known = self.workers[name].call("variants", mode=mode)
-        return [v for v in known if v != "onednn" or self.o.onednn or not self.o.quick]
+        return [v for v in known if v != "xla" or not self.o.quick]
 
     def _their_variants(self, mode: str) -> list[str]:
         known = self.workers["torch"].call("variants", mode=mode)

@@ -20,7 +20,7 @@ class Options(NamedTuple):
     variants: tuple[str, ...] = ()  # of PyTorch
     xla_flags: str = ""  # of a further process of JAX
     quick: bool = False
-    onednn: bool = False  # JAX's variant of that name although it is quick
+    onednn: bool = True  # False: no variant of JAX's is by it
     overrides: tuple[str, ...] = ()
     compile_cache: str = "off"  # a folder: compiled programs are read from it, and seconds to compile are not told
     sides: tuple[str, str] = ("jax", "torch")  # modules, see worker.py

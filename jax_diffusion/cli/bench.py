@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
         threads=options.threads or 0, only=options.only or "", variants=chosen, xla_flags=options.xla_flags or "",
         quick=options.quick, overrides=tuple(options.overrides),
         compile_cache=options.compile_cache or "off",
-        onednn=options.onednn,
+        onednn=options.onednn != "off",
     )  # fmt: skip
     say = lambda line: print(line, flush=True)  # noqa: E731
     if options.starts:

@@ -61,14 +61,14 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     """The command, its compiled programs kept and on CPUs its memory. Returns the exit status."""
-    from jax_diffusion import lowering
+    from jax_diffusion import lowering, onednn
 
     lowering.keep_memory()  # before anything starts JAX's threads
     before = runtime.compiled()
-    if options.onednn and options.compile_cache not in (None, runtime.OFF):
-        raise UserError(f"--compile_cache={options.compile_cache}: with --onednn no program can be kept: leave one out")
-    folder = runtime.keep_compiled(runtime.OFF if options.onednn else options.compile_cache)
-    with lowering.onednn(options.onednn):
+    folder = runtime.keep_compiled(options.compile_cache)
+    if options.onednn == "on" and onednn.why_not():
+        raise UserError(f"--onednn=on: {onednn.why_not()}")
+    with onednn.off(options.onednn == "off"):
         status = options.run(options)
     if options.command != "train" and (runtime.compiled() - before).written:  # training logs it itself
         print(f"compiled programs are kept in {folder} (--compile_cache=DIR or off)", file=sys.stderr)

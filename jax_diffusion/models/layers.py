@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_diffusion import lowering
+from jax_diffusion import lowering, onednn
 from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.convolution import NHWC, convolve
 from jax_diffusion.models.norm import GroupNorm
+from jax_diffusion.onednn import operations
 
 
 def zeros_init():
@@ -108,10 +109,13 @@ def dot_rows(x: jax.Array, kernel: jax.Array, dimension_numbers=None, **options)
     """[..., I] times [I, O], in the form that nnx.Linear calls: lax.dot_general along the last axis.
 
     For CPUs with all other axes made one: for the kernel's gradient, a sum over them, XLA would transpose an operand in
-    memory for want of it, which takes as long as the product.
+    memory for want of it, which takes as long as the product. There by oneDNN, if it is not a small one.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if lowering.target() == "cpu" else x
-    y = jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())), **options)
+    if onednn.multiplies(rows, kernel, 2 * rows.size * kernel.shape[-1]):
+        y = operations.product(rows, kernel)
+    else:
+        y = jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())), **options)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 

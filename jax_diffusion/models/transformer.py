@@ -16,6 +16,7 @@ from jax_diffusion import lowering
 from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.errors import UserError, choose
 from jax_diffusion.models import layers
+from jax_diffusion.onednn import operations
 from jax_diffusion.placement import UNCONSTRAINED, Constraint
 
 # What the backward pass finds stored. "dots": the outputs of the matmuls with weights, of which there are few and
@@ -23,7 +24,11 @@ from jax_diffusion.placement import UNCONSTRAINED, Constraint
 REMAT: dict[str, dict[str, Any] | None] = {
     "none": None,
     "full": {},
-    "dots": {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable},
+    "dots": {
+        "policy": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, operations.saveable
+        )
+    },
 }
 
 

@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jax_diffusion import config as configs
 from jax_diffusion import hardware
+from jax_diffusion.onednn import operations
 
 # Options of networks that change how a step is computed and not what: the values that compute nothing twice and leave
 # every product to see.
@@ -101,6 +102,8 @@ def of_equation(eqn: Any) -> float:
         features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         # Of an input spread out with zeros (the gradient of a strided convolution) most products are nothing.
         return 2 * eqn.outvars[0].aval.size * kernel.size / features / math.prod(params["lhs_dilation"])
+    if name in operations.FLOPS:
+        return operations.FLOPS[name](*(v.aval for v in (*eqn.invars, *eqn.outvars)), **params)
     inner = [count(j) for j in bodies(params)]
     if name == "cond":
         return max(inner, default=0.0)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from jax_diffusion import convolution
+from jax_diffusion import onednn
 from jax_diffusion.bench import run, settings, starts
 from jax_diffusion.cli import main
 from jax_diffusion.errors import UserError
@@ -198,9 +198,9 @@ def test_the_whole_command(tmp_path, capsys):
     assert "same (eager, batch 2)" in said and "torch eager *" in said
     result = json.loads(out.read_text())
     assert result["complete"] and set(result["ceilings"]) == {"jax", "torch"}
-    onednn = [row["batch"] for row in result["rows"] if row["variant"] == "onednn"]
-    assert onednn == ([1, 2] if convolution.available() else [])
-    rows = [row for row in result["rows"] if row["variant"] != "onednn"]
+    by_xla = [row["batch"] for row in result["rows"] if row["variant"] == "xla"]
+    assert by_xla == ([1, 2] if onednn.taken() else [])
+    rows = [row for row in result["rows"] if row["variant"] != "xla"]
     assert [(row["framework"], row["batch"], row["rounds"]) for row in rows] == [
         ("jax", 1, 2), ("torch", 1, 2), ("jax", 2, 2), ("torch", 2, 2)]  # fmt: skip
     for row in result["rows"]:
