@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jax_diffusion import lowering, onednn, placement, sharding
+from jax_diffusion import lowering, placement, sharding
 from jax_diffusion.onednn import operations
 
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -96,7 +96,7 @@ def _splash_heads(q_BxTxNxD, k_BxSxNxD, v_BxSxNxD, *, heads: int, interpret: boo
 def _heads_first(q_BxTxNxD: jax.Array, k_BxSxNxD: jax.Array, v_BxSxNxD: jax.Array) -> jax.Array:
     """On CPUs XLA's product over [B, T, N, D] is four copies and a product: here each operand is moved once."""
     q, k, v = q_BxTxNxD * q_BxTxNxD.shape[-1] ** -0.5, k_BxSxNxD, v_BxSxNxD
-    if onednn.multiplies(q, k, 2 * q.size * k.shape[1]):  # which reads them as they lie
+    if operations.multiplies(q, k, 2 * q.size * k.shape[1]):  # which reads them as they lie
         weights = jax.nn.softmax(operations.product(q, k, transpose_b=True, inside=(True, True, False)))
         return operations.product(weights, v, inside=(False, True, True))
     if q.shape[2] == 1:

@@ -29,7 +29,7 @@ def _takes(x, kernel, strides, padding, options) -> bool:
         not isinstance(padding, str)
         and x.ndim == kernel.ndim == 4
         and x.dtype == kernel.dtype == jnp.float32
-        and 2 * math.prod(x.shape[:3]) * kernel.size >= onednn.LEAST_CONVOLUTION
+        and 2 * math.prod(x.shape[:3]) * kernel.size >= min(operations.LEAST.values())
         and all(high < size and low < size for (low, high), size in zip(padding, kernel.shape, strict=False))
         and tuple(strides) == (1, 1)
         and all(np.all(np.asarray(v) == 1) for v in changed.values())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_diffusion import lowering, onednn
+from jax_diffusion import lowering
 from jax_diffusion.attention import attention, project_qkv
 from jax_diffusion.convolution import NHWC, convolve
 from jax_diffusion.models.norm import GroupNorm
@@ -112,7 +112,7 @@ def dot_rows(x: jax.Array, kernel: jax.Array, dimension_numbers=None, **options)
     memory for want of it, which takes as long as the product. There by oneDNN, if it is not a small one.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if lowering.target() == "cpu" else x
-    if onednn.multiplies(rows, kernel, 2 * rows.size * kernel.shape[-1]):
+    if operations.multiplies(rows, kernel, 2 * rows.size * kernel.shape[-1]):
         y = operations.product(rows, kernel)
     else:
         y = jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())), **options)

@@ -7,15 +7,11 @@ kernel's gradient, nor for programs that it could write down; so the library is 
 import contextlib
 
 import jax
-import jax.numpy as jnp
 
 from jax_diffusion import lowering
-from jax_diffusion.onednn.library import why_not
+from jax_diffusion.onednn.library import exists, why_not
 
-__all__ = ["multiplies", "off", "taken", "why_not"]
-
-# FLOPs below which a call costs more than it saves, of convolutions and of products.
-LEAST_CONVOLUTION, LEAST_PRODUCT = 1.3e8, 2e7
+__all__ = ["advice", "exists", "off", "taken", "why_not"]
 
 _off = False  # of the process, its threads included
 
@@ -31,13 +27,17 @@ def off(yes: bool = True):
         _off = before
 
 
+def _wanted() -> bool:
+    """For a single CPU: XLA could not cut the calls over several."""
+    here = lowering.target() == jax.default_backend() == "cpu" and jax.device_count() == 1
+    return here and not _off
+
+
 def taken() -> bool:
-    """Whether what is traced now is by oneDNN: for a single CPU, since XLA could not cut its calls over several."""
-    if _off or lowering.target() != "cpu" or jax.default_backend() != "cpu" or jax.device_count() != 1:
-        return False
-    return not why_not()
+    """Whether what is traced now is by oneDNN."""
+    return _wanted() and not why_not()
 
 
-def multiplies(a: jax.Array, b: jax.Array, flops: int) -> bool:
-    """Whether the product of these is for operations.product."""
-    return a.dtype == b.dtype == jnp.float32 and flops >= LEAST_PRODUCT and taken()
+def advice() -> str:
+    """What would make it taken, in a line; "" where it is, or cannot be."""
+    return why_not() if _wanted() and exists() else ""

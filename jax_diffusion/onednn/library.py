@@ -49,10 +49,15 @@ def why_not() -> str:
     return ""
 
 
+def exists() -> bool:
+    """Whether there is a library for this kind of machine."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 @functools.cache
 def load() -> None:
     """Makes the functions known to XLA, compiling them where that was not done yet. Raises Missing."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    if not exists():
         raise Missing(f"there is none for {sys.platform} on {platform.machine()}")
     library, header = (_file(wheel, name) for wheel, name in zip(WHEELS, (LIBRARY, HEADER), strict=True))
     with _waiting_asleep():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir
 
+from jax_diffusion import onednn
 from jax_diffusion.onednn import library
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -34,6 +35,17 @@ def product(
 def convolution(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """[B, H, W, C] by [h, w, C, D], stride 1; no pad as large as the kernel. float32."""
     return CONVOLUTION.bind(x, kernel, of="result", pads=pads)
+
+
+# FLOPs from which on a call costs less than it saves, some 0.1 ms (docs/benchmarks.md): of a product, and of each of a
+# convolution's three.
+LEAST_PRODUCT = 2e7
+LEAST = {"result": 1.3e8, "input": 1.3e8, "kernel": 4e6}
+
+
+def multiplies(a: jax.Array, b: jax.Array, flops: int) -> bool:
+    """Whether the product of these is for `product`."""
+    return a.dtype == b.dtype == jnp.float32 and flops >= LEAST_PRODUCT and onednn.taken()
 
 
 def saveable(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -138,6 +150,8 @@ def _convolution_shape(a, b, *, of: str, pads: Pads) -> tuple[int, ...]:
 
 def _convolution_by_onednn(a, b, *, of: str, pads: Pads):
     shape = _convolution_shape(a.shape, b.shape, of=of, pads=pads)
+    if _convolution_flops(a, b, jax.ShapeDtypeStruct(shape, a.dtype), of=of, pads=pads) < LEAST[of]:
+        return _convolution_by_xla(a, b, of=of, pads=pads)
     return library.call(of, a, b, shape=shape, pads=np.asarray(pads, np.int64).ravel())
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_diffusion import config as configs
-from jax_diffusion import experiment, processes, runtime, sharding
+from jax_diffusion import experiment, onednn, processes, runtime, sharding
 from jax_diffusion.data import Batches, resident
 from jax_diffusion.train import (
     checkpoint,
@@ -74,6 +74,8 @@ def _compiler(s: setup.Setup, log):
         # Measured: docs/benchmarks.md.
         log("note: on CPUs XLA runs the gradients of convolutions inside a loop 12 to 20 times slower; use "
             "--config.train.steps_per_dispatch=1 --config.train.accumulate=1")  # fmt: skip
+    if onednn.advice() and len(s.shape) == 3:
+        log(f"note: without oneDNN, which trains faster on this processor: {onednn.advice()}")
 
     def compiled(k: int):
         if k not in cache:

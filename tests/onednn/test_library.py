@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from jax_diffusion import convolution, lowering, onednn
 from jax_diffusion.attention import attention
 from jax_diffusion.cli import main
 from jax_diffusion.models import layers, transformer
-from jax_diffusion.onednn import library
+from jax_diffusion.onednn import library, operations
+from jax_diffusion.train import loop
 
 needs_it = pytest.mark.skipif(bool(onednn.why_not()), reason=onednn.why_not())
 CALL = 'custom_call_target="jax_diffusion_onednn_'
@@ -24,8 +26,8 @@ NHWC = convolution.NHWC
 
 @pytest.fixture
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(onednn, "LEAST_CONVOLUTION", 0)
-    monkeypatch.setattr(onednn, "LEAST_PRODUCT", 0)
+    monkeypatch.setattr(operations, "LEAST", dict.fromkeys(operations.LEAST, 0))
+    monkeypatch.setattr(operations, "LEAST_PRODUCT", 0)
 
 
 @pytest.fixture
@@ -84,16 +86,22 @@ def test_linear_layers_and_attention_are_taken(small_ones_too):
 
 
 @needs_it
-@pytest.mark.parametrize(
-    "name, run, shapes",
-    [("CONVOLUTION", convolve, ((2, 8, 8, 4), (3, 3, 4, 4))), ("PRODUCT", layers.dot_rows, ((128, 4), (4, 36)))],
-)
-def test_small_ones_are_left_to_xla(monkeypatch, name, run, shapes):
-    """Where a call costs more than it saves."""
-    operations = 2 * 128 * 4 * 36
-    for least, expected in ((operations, 1), (operations + 1, 0)):
-        monkeypatch.setattr(onednn, f"LEAST_{name}", least)
-        assert calls(run, *(draw(*s) for s in shapes)) == expected
+def test_small_ones_are_left_to_xla(monkeypatch):
+    """Where a call costs more than it saves; of a convolution each of the three by itself."""
+    x, k = draw(2, 8, 8, 4), draw(3, 3, 4, 4)
+    flops = 2 * 2 * 8 * 8 * 3 * 3 * 4 * 4
+    both = jax.grad(lambda x, k: jnp.sum(convolve(x, k) ** 2), (0, 1))
+    for least, expected in (
+        ((0, 0, 0), 3),
+        ((flops + 1, 0, 0), 2),
+        ((flops, flops + 1, flops), 2),
+        ((flops + 1,) * 3, 0),
+    ):
+        monkeypatch.setattr(operations, "LEAST", dict(zip(operations.LEAST, least, strict=True)))
+        assert calls(both, x, k) == expected
+    for least, expected in ((2 * 128 * 4 * 36, 1), (2 * 128 * 4 * 36 + 1, 0)):
+        monkeypatch.setattr(operations, "LEAST_PRODUCT", least)
+        assert calls(layers.dot_rows, draw(128, 4), draw(4, 36)) == expected
 
 
 @needs_it
@@ -161,14 +169,32 @@ def test_what_is_missing_is_said_in_a_line(without, monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     assert onednn.why_not() == 'onednn-cpu-gomp is not installed: pip install "jax_diffusion[cpu]"'
-    assert not onednn.taken()
+    assert not onednn.taken() and onednn.advice() == onednn.why_not()
+    with onednn.off():
+        assert onednn.advice() == ""
     assert main.main(["sample", "--workdir=w", "--onednn=on"]) == 2
     assert capsys.readouterr().err.strip() == f"jax-diffusion: error: --onednn=on: {onednn.why_not()}"
 
 
+def test_training_says_what_is_missing(without, monkeypatch):
+    monkeypatch.setattr(library, "exists", lambda: True)
+    monkeypatch.setattr(library, "_file", _missing)
+    monkeypatch.setattr(onednn, "exists", lambda: True)
+    config = SimpleNamespace(train=SimpleNamespace(steps_per_dispatch=1, accumulate=1))
+    lines: list[str] = []
+    loop._compiler(SimpleNamespace(config=config, shape=(32, 32, 3)), lines.append)
+    assert lines == ["note: without oneDNN, which trains faster on this processor: nothing is installed"]
+    loop._compiler(SimpleNamespace(config=config, shape=(2,)), lines.append)
+    assert len(lines) == 1
+
+
+def _missing(*_):
+    raise library.Missing("nothing is installed")
+
+
 def test_on_other_machines_it_is_xlas(without, monkeypatch):
     monkeypatch.setattr(library.platform, "machine", lambda: "arm64")
-    assert "arm64" in onednn.why_not() and not onednn.taken()
+    assert "arm64" in onednn.why_not() and not onednn.taken() and onednn.advice() == ""
 
 
 @needs_it
