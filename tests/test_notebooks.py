@@ -20,7 +20,12 @@ from PIL import Image
 
 COLAB = pathlib.Path(__file__).parents[1] / "colab"
 STEMS = ["01_quickstart", "02_solvers", "03_editing", "04_from_pytorch", "05_tpu"]
-STRICT = "import warnings\nwarnings.filterwarnings('error', module='jax_diffusion')\n"
+# And as in conftest.py: what is imported and traced stays.
+STARTUP = """
+import gc, warnings
+warnings.filterwarnings("error", module="jax_diffusion")
+gc.set_threshold(50_000, 20, 20)
+"""
 
 
 def read(stem: str):
@@ -37,9 +42,11 @@ def execute(tmp_path_factory):
     shared = tmp_path_factory.mktemp("notebooks")
     startup = shared / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    (startup / "strict.py").write_text(STRICT)
+    (startup / "startup.py").write_text(STARTUP)
+    # One thread for PyTorch: where another test has the other core, two spin for each other (8 passes of a small U-Net
+    # take 3 to 6 s instead of 0.15).
     env = {**os.environ, "NOTEBOOK_SIZE": "test", "NOTEBOOK_RUN": str(shared / "run"),
-           "IPYTHONDIR": str(shared / "ipython")}  # fmt: skip
+           "IPYTHONDIR": str(shared / "ipython"), "OMP_NUM_THREADS": "1"}  # fmt: skip
     env.pop("MPLBACKEND", None)  # the kernel's own shows figures inline
 
     def run(stem):

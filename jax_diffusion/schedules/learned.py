@@ -45,9 +45,7 @@ class Learned(Schedule):
 
     def log_snr(self, t: Array) -> Array:
         xp, _ = namespace(t)
-        t = jnp.asarray(t, jnp.float32)
-        g, g0, g1 = self._gamma(t), self._gamma(jnp.zeros(())), self._gamma(jnp.ones(()))
-        out = self.ends[0] + (self.ends[1] - self.ends[0]) * (g - g0) / (g1 - g0)
+        out = _log_snr(self, jnp.asarray(t, jnp.float32))
         return out if xp is jnp else np.asarray(out, np.float64)
 
     def inverse(self, log_snr: Array) -> Array:
@@ -59,3 +57,9 @@ class Learned(Schedule):
             above = self.log_snr(mid) > l
             lo, hi = xp.where(above, mid, lo), xp.where(above, hi, mid)
         return (lo + hi) / 2
+
+
+@jax.jit  # an inverse asks 40 times, a solver's table for dozens of inverses: operation by operation that took seconds
+def _log_snr(schedule: Learned, t: jax.Array) -> jax.Array:
+    g, g0, g1 = schedule._gamma(t), schedule._gamma(jnp.zeros(())), schedule._gamma(jnp.ones(()))
+    return schedule.ends[0] + (schedule.ends[1] - schedule.ends[0]) * (g - g0) / (g1 - g0)

@@ -20,7 +20,7 @@ from jax_diffusion.data import batch_indices
 PATIENT = {"JAX_DIFFUSION_HEARTBEAT_TIMEOUT": "600"}
 DIGITS = ("train.steps=8", "optim.warmup=2", "train.eval_every=4", "train.sample_every=8", "train.log_every=1",
           "train.checkpoint_every=4", "sampling.num=6", "sampling.batch_size=6")  # fmt: skip
-TOY = ("train.log_every=1", "train.checkpoint_every=10", "train.eval_every=0")
+TOY = ("train.log_every=1", "train.checkpoint_every=10", "train.eval_every=0", "optim.schedule=constant")
 SHARDS = ("mesh.data=1", "mesh.fsdp=2")  # data parallel: tests/launch/test_local.py
 ENDLESS = "train.steps=1000000"
 
