@@ -30,6 +30,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from jax_diffusion import config as configs  # noqa: E402
+from jax_diffusion import onednn  # noqa: E402
 from jax_diffusion.train import loop  # noqa: E402
 
 DIGITS = ["train.batch_size=32", "train.steps=60", "optim.warmup=10", "train.log_every=10", "train.eval_every=30",
@@ -49,6 +50,7 @@ RECIPES = {
 
 def pytest_configure():
     assert jax.config.jax_numpy_rank_promotion == "raise", "JAX was imported before tests/conftest.py"
+    onednn.why_not()  # compiles its calls where that was not done yet, and says so: not in the middle of a test
 
 
 # Minutes each: first, so that at the end no worker is left alone with one of them (with --no-loadscope-reorder).

@@ -62,7 +62,10 @@ def load() -> None:
     library, header = (_file(wheel, name) for wheel, name in zip(WHEELS, (LIBRARY, HEADER), strict=True))
     with _waiting_asleep():
         _open(library)
-    functions = _open(_compiled(library, header.parents[2]))
+    try:
+        functions = _open(_compiled(library, header.parents[2]))
+    except OSError as error:  # a full disk
+        raise Missing(str(error)) from error
     for name in CALLS:
         function = jax.ffi.pycapsule(getattr(functions, f"onednn_{name}"))
         jax.ffi.register_ffi_target(_target(name), function, platform="cpu")
@@ -83,7 +86,7 @@ def _file(wheel: str, name: str) -> pathlib.Path:
 
 def _open(path: pathlib.Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(path))
     except OSError as error:
         raise Missing(str(error)) from error
 

@@ -91,10 +91,11 @@ def devices(name: str) -> list:
 @contextlib.contextmanager
 def tracing_for(name: str):
     """What is traced within is what JAX would trace where the devices of the topology `name` are."""
-    from jax_diffusion import lowering
+    from jax_diffusion import lowering, onednn
 
     topology = parse(name)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(onednn.off())  # XLA's text does not say what a call of it computes
         if topology.family == "cuda":
             from jax_diffusion.plan import cuda
 

@@ -21,7 +21,7 @@ class Side:
     def __init__(self, threads, folder):
         self.folder, self.ours, self.warm = folder, False, set()
 
-    def start(self, platform=None, compile_cache="off"):
+    def start(self, platform=None, compile_cache="off", onednn=True):
         self.ours = platform is None
         return {"platform": "cpu", "device": "fake", "memory": 0, "versions": {"fake": "1"}}
 
