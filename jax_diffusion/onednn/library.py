@@ -20,6 +20,7 @@ import tempfile
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_diffusion import runtime
 
@@ -33,10 +34,12 @@ class Missing(RuntimeError):
     """Why it cannot be had here, in one line."""
 
 
-def call(name: str, a: jax.Array, b: jax.Array, shape: tuple[int, ...], **attributes: Any) -> jax.Array:
-    """One of CALLS, float32. Raises Missing."""
+def call(name: str, a: jax.Array, b: jax.Array, shape: tuple[int, ...], block: int, **attributes: Any) -> jax.Array:
+    """One of CALLS, float32, in blocks of at least so many FLOPs on threads of XLA's. Raises Missing."""
     load()
-    return jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(shape, a.dtype))(a, b, **attributes)
+    return jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(shape, a.dtype))(
+        a, b, block=np.int64(block), **attributes
+    )
 
 
 @functools.cache
@@ -60,8 +63,7 @@ def load() -> None:
     if not exists():
         raise Missing(f"there is none for {sys.platform} on {platform.machine()}")
     library, header = (_file(wheel, name) for wheel, name in zip(WHEELS, (LIBRARY, HEADER), strict=True))
-    with _waiting_asleep():
-        _open(library)
+    _open(library)
     try:
         functions = _open(_compiled(library, header.parents[2]))
     except OSError as error:  # a full disk
@@ -89,21 +91,6 @@ def _open(path: pathlib.Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise Missing(str(error)) from error
-
-
-@contextlib.contextmanager
-def _waiting_asleep():
-    """OpenMP reads the environment when it is loaded. Unless told otherwise its threads wait by computing, in the way
-    of XLA's own."""
-    name = "OMP_WAIT_POLICY"
-    ours = not {name, "GOMP_SPINCOUNT"} & set(os.environ)
-    if ours:
-        os.environ[name] = "passive"
-    try:
-        yield
-    finally:
-        if ours:
-            del os.environ[name]
 
 
 def _compiled(library: pathlib.Path, headers: pathlib.Path) -> pathlib.Path:

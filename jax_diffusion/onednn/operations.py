@@ -41,6 +41,7 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
 # convolution's three.
 LEAST_PRODUCT = 2e7
 LEAST = {"result": 1.3e8, "input": 1.3e8, "kernel": 4e6}
+BLOCK = 2_000_000  # FLOPs from which on a part of an operation is worth a thread of its own
 
 
 def multiplies(a: jax.Array, b: jax.Array, flops: int) -> bool:
@@ -83,7 +84,7 @@ def _product_by_onednn(a, b, **how):
     a, b = (x.reshape(four(x.shape)) for x in (a, b))
     transposes = {name: how[name] for name in ("transpose_a", "transpose_b")}
     inside = dict(zip(("inside_a", "inside_b", "inside_made"), how["inside"], strict=True))
-    return library.call("product", a, b, shape=four(shape), **transposes, **inside).reshape(shape)
+    return library.call("product", a, b, shape=four(shape), block=BLOCK, **transposes, **inside).reshape(shape)
 
 
 def _product_by_xla(a, b, *, transpose_a: bool, transpose_b: bool, inside: Inside):
@@ -152,7 +153,7 @@ def _convolution_by_onednn(a, b, *, of: str, pads: Pads):
     shape = _convolution_shape(a.shape, b.shape, of=of, pads=pads)
     if _convolution_flops(a, b, jax.ShapeDtypeStruct(shape, a.dtype), of=of, pads=pads) < LEAST[of]:
         return _convolution_by_xla(a, b, of=of, pads=pads)
-    return library.call(of, a, b, shape=shape, pads=np.asarray(pads, np.int64).ravel())
+    return library.call(of, a, b, shape=shape, block=BLOCK, pads=np.asarray(pads, np.int64).ravel())
 
 
 def _convolution_by_xla(a, b, *, of: str, pads: Pads):

@@ -213,14 +213,3 @@ def test_without_a_compiler_or_with_one_that_fails_it_is_xlas(without, monkeypat
     assert onednn.why_not().endswith("g++ fails: calls.cc:1: fatal error: nothing works")
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert left == []
-
-
-@needs_it
-def test_the_environment_is_left_as_it_was(without, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    library.load()
-    assert "OMP_WAIT_POLICY" not in os.environ
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    library.load.cache_clear()
-    library.load()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"

@@ -3,6 +3,9 @@
 import concurrent.futures
 import functools
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ BY_XLA = {operations.PRODUCT: operations._product_by_xla, operations.CONVOLUTION
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
     monkeypatch.setattr(operations, "LEAST", dict.fromkeys(operations.LEAST, 0))
+    monkeypatch.setattr(operations, "BLOCK", 1)
 
 
 def draw(*shape):
@@ -143,6 +147,25 @@ def test_several_threads_run_one_operation_at_once():
     alone = [run(k, v) for v in inputs]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         close(list(pool.map(functools.partial(run, k), inputs)), alone, tolerance=1e-5)  # shares of other sizes
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_any_number_of_threads(threads):
+    """XLA reads it where it starts. Of 7, results are cut into rows and columns, images into bands of rows."""
+    tests = [__file__, "-k", "torchs or mapped"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env=os.environ | {"NPROC": str(threads)}, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_results_do_not_depend_on_which_thread_was_first():
+    x, k = draw(5, 16, 16, 8), draw(3, 3, 8, 16)
+    gradients = jax.jit(jax.grad(lambda k, x: jnp.sum(operations.convolution(x, k, ((1, 1), (1, 1))) ** 2), (0, 1)))
+    first = gradients(k, x)
+    for _ in range(50):
+        jax.tree.map(np.testing.assert_array_equal, gradients(k, x), first)
 
 
 def test_what_it_cannot_do_is_an_error_and_no_crash():
