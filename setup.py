@@ -32,7 +32,7 @@ setup(
     # The recipes ship inside the wheel, so that `--config=digits` works anywhere.
     packages=[*find_packages(include=["jax_diffusion", "jax_diffusion.*"]), "jax_diffusion.configs"],
     package_dir={"jax_diffusion.configs": "configs"},
-    package_data={"": ["*.cc", "*.css", "*.html", "*.js", "py.typed"]},
+    package_data={"": ["*.cc", "*.css", "*.h", "*.html", "*.js", "py.typed"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",

@@ -1,4 +1,4 @@
-"""The library: found among the installed packages, its calls (calls.cc) compiled for this machine and known to XLA.
+"""The library: found among the installed packages, its calls (*.cc) compiled for this machine and known to XLA.
 
 It comes with `pip install "jax_diffusion[cpu]"`. The compiler is the user's, $CXX, c++, g++ or clang++; what it makes
 is kept beside the compiled programs in the user's cache folder.
@@ -24,7 +24,7 @@ import numpy as np
 
 from jax_diffusion import runtime
 
-SOURCE = pathlib.Path(__file__).with_name("calls.cc")
+SOURCES = [pathlib.Path(__file__).with_name(name) for name in ("blocks.h", "convolution.cc", "product.cc")]
 WHEELS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"  # the library, and its headers
 LIBRARY, HEADER = "libdnnl.so.3", "oneapi/dnnl/dnnl.hpp"
 CALLS = "product", "result", "input", "kernel"
@@ -75,7 +75,11 @@ def load() -> None:
 
 def _target(name: str) -> str:
     """A program that was kept calls by this name what it was compiled for, or nothing."""
-    return f"jax_diffusion_onednn_{name}_{_digest(SOURCE.read_bytes())}"
+    return f"jax_diffusion_onednn_{name}_{_digest(*_sources())}"
+
+
+def _sources() -> list[bytes]:
+    return [path.read_bytes() for path in SOURCES]
 
 
 def _file(wheel: str, name: str) -> pathlib.Path:
@@ -98,7 +102,7 @@ def _compiled(library: pathlib.Path, headers: pathlib.Path) -> pathlib.Path:
     if compiler is None:
         raise Missing("there is no C++ compiler: install g++ or clang++, or set CXX")
     made_of = [
-        SOURCE.read_bytes(),
+        *_sources(),
         *(f"{name} {importlib.metadata.version(name)}".encode() for name in ("jaxlib", *WHEELS)),
     ]
     path = _folder() / f"onednn-{_digest(*made_of)}.so"
@@ -106,9 +110,9 @@ def _compiled(library: pathlib.Path, headers: pathlib.Path) -> pathlib.Path:
         print("compiling the calls of oneDNN, once: about 5 s", file=sys.stderr, flush=True)
         # Several processes may do it at once: each renames a file of its own.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            draft = pathlib.Path(folder) / path.name
+            draft, sources = pathlib.Path(folder) / path.name, [str(p) for p in SOURCES if p.suffix == ".cc"]
             command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-w", f"-I{headers}",
-                       f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(draft), str(library)]  # fmt: skip
+                       f"-I{jax.ffi.include_dir()}", *sources, "-o", str(draft), str(library)]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])

@@ -208,8 +208,8 @@ def test_without_a_compiler_or_with_one_that_fails_it_is_xlas(without, monkeypat
     assert onednn.why_not() == "there is no C++ compiler: install g++ or clang++, or set CXX"
     library.why_not.cache_clear()
     broken = tmp_path / "g++"
-    broken.write_text("#!/bin/sh\necho 'calls.cc:1: fatal error: nothing works' >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho 'product.cc:1: fatal error: nothing works' >&2\nexit 1\n")
     broken.chmod(0o755)
-    assert onednn.why_not().endswith("g++ fails: calls.cc:1: fatal error: nothing works")
+    assert onednn.why_not().endswith("g++ fails: product.cc:1: fatal error: nothing works")
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert left == []

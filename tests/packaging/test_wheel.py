@@ -18,6 +18,7 @@ import pytest
 
 import jax_diffusion
 from jax_diffusion import config as configs
+from jax_diffusion.onednn import library
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = ("jax_diffusion", "configs", "tests", "docs", "launch", "colab")
@@ -58,7 +59,7 @@ def test_the_wheel_is_the_package_its_data_and_the_recipes(built):
     recipes = {f"jax_diffusion/{name}" for name in files(ROOT / "configs")}
     assert names == files(ROOT / "jax_diffusion") | recipes
     assert "jax_diffusion/py.typed" in names and any(n.endswith(".css") for n in names)
-    assert "jax_diffusion/onednn/calls.cc" in names
+    assert {f"jax_diffusion/onednn/{path.name}" for path in library.SOURCES} <= set(names)
     assert email.message_from_string(metadata)["Version"] == jax_diffusion.__version__
 
 
