@@ -78,6 +78,7 @@ def _target(name: str) -> str:
     return f"jax_diffusion_onednn_{name}_{_digest(*_sources())}"
 
 
+@functools.cache  # each call that is traced names them
 def _sources() -> list[bytes]:
     return [path.read_bytes() for path in SOURCES]
 
