@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -27,19 +27,19 @@ from jax_diffusion import runtime
 SOURCES = [pathlib.Path(__file__).with_name(name) for name in ("blocks.h", "convolution.cc", "product.cc")]
 WHEELS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"  # the library, and its headers
 LIBRARY, HEADER = "libdnnl.so.3", "oneapi/dnnl/dnnl.hpp"
-CALLS = "product", "result", "input", "kernel"
+CALLS = "product", "pack", "result", "input", "kernel"
+Attribute = bool | int | Sequence[int]
 
 
 class Missing(RuntimeError):
     """Why it cannot be had here, in one line."""
 
 
-def call(name: str, a: jax.Array, b: jax.Array, shape: tuple[int, ...], block: int, **attributes: Any) -> jax.Array:
-    """One of CALLS, float32, in blocks of at least so many FLOPs on threads of XLA's. Raises Missing."""
+def call(name: str, *operands: jax.Array, shape: tuple[int, ...], **attributes: Attribute) -> jax.Array:
+    """One of CALLS, of float32; its attributes are in *.cc, where integers are of 64 bits. Raises Missing."""
     load()
-    return jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(shape, a.dtype))(
-        a, b, block=np.int64(block), **attributes
-    )
+    put = {name: v if isinstance(v, bool) else np.asarray(v, np.int64)[()] for name, v in attributes.items()}
+    return jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(shape, np.float32))(*operands, **put)
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-import numpy as np
 from jax.interpreters import ad, batching, mlir
 
 from jax_diffusion import onednn
@@ -40,8 +39,8 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
 # FLOPs from which on a call costs less than it saves, some 0.1 ms (docs/benchmarks.md): of a product, and of each of a
 # convolution's three.
 LEAST_PRODUCT = 2e7
-LEAST = {"result": 1.3e8, "input": 1.3e8, "kernel": 4e6}
-BLOCK = 2_000_000  # FLOPs from which on a part of an operation is worth a thread of its own
+LEAST = {"result": 1e6, "input": 1e6, "kernel": 4e6}
+BLOCK = 6_000_000  # FLOPs from which on a part of an operation is worth a thread of its own
 
 
 def multiplies(a: jax.Array, b: jax.Array, flops: int) -> bool:
@@ -153,7 +152,11 @@ def _convolution_by_onednn(a, b, *, of: str, pads: Pads):
     shape = _convolution_shape(a.shape, b.shape, of=of, pads=pads)
     if _convolution_flops(a, b, jax.ShapeDtypeStruct(shape, a.dtype), of=of, pads=pads) < LEAST[of]:
         return _convolution_by_xla(a, b, of=of, pads=pads)
-    return library.call(of, a, b, shape=shape, block=BLOCK, pads=np.asarray(pads, np.int64).ravel())
+    around = [pad for both in pads for pad in both]
+    if of != "kernel":  # a call of its own, which XLA takes out of a sampler's loop
+        image = a.shape if of == "result" else shape
+        b = library.call("pack", b, shape=b.shape, of=int(of == "input"), image=image, pads=around)
+    return library.call(of, a, b, shape=shape, block=BLOCK, pads=around)
 
 
 def _convolution_by_xla(a, b, *, of: str, pads: Pads):

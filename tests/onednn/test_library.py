@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from jax_diffusion.plan import targets
 from jax_diffusion.train import loop
 
 needs_it = pytest.mark.skipif(bool(onednn.why_not()), reason=onednn.why_not())
-CALL = 'custom_call_target="jax_diffusion_onednn_'
+CALL = re.compile(r'custom_call_target="jax_diffusion_onednn_(?!pack)')
 NHWC = convolution.NHWC
 
 
@@ -45,8 +46,13 @@ def draw(*shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
 
 
+def compiled(function, *arguments) -> str:
+    return jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text()
+
+
 def calls(function, *arguments) -> int:
-    return jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text().count(CALL)
+    """But those that bring kernels into oneDNN's layout."""
+    return len(CALL.findall(compiled(function, *arguments)))
 
 
 def convolve(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1))):
@@ -70,6 +76,16 @@ def test_convolutions_are_taken_for_what_it_does_and_left_for_the_rest(small_one
         assert calls(convolve, x, k) == 0
     with targets.tracing_for("cpu:1"):  # `plan` counts what XLA's own text says
         assert calls(convolve, x, k) == 0
+
+
+@needs_it
+def test_a_sampler_packs_a_kernel_once(small_ones_too):
+    def sample(x, k):
+        return jax.lax.fori_loop(0, 50, lambda _, x: jnp.tanh(convolve(x, k)), x)
+
+    steps, _, once = compiled(sample, draw(2, 8, 8, 16), draw(3, 3, 16, 16)).partition("\nENTRY ")
+    assert ("_onednn_pack" in steps, "_onednn_result" in steps) == (False, True)
+    assert ("_onednn_pack" in once, "_onednn_result" in once) == (True, False)
 
 
 @needs_it
