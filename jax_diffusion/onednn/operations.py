@@ -36,8 +36,8 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     return CONVOLUTION.bind(x, kernel, of="result", pads=pads)
 
 
-# FLOPs from which on a call costs less than it saves, some 0.1 ms (docs/benchmarks.md): of a product, and of each of a
-# convolution's three.
+# FLOPs from which on a call costs less than it saves (docs/benchmarks.md): of a product, and of each of a convolution's
+# three.
 LEAST_PRODUCT = 2e7
 LEAST = {"result": 1e6, "input": 1e6, "kernel": 4e6}
 BLOCK = 6_000_000  # FLOPs from which on a part of an operation is worth a thread of its own
