@@ -23,7 +23,7 @@ help:
 # Stamps, so that a second call installs nothing.
 $(VENV)/.demo: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP_ARGS) -e ".[data]"
+	$(BIN)/pip install $(PIP_ARGS) -e ".[cpu,data]"
 	@touch $@
 
 $(VENV)/.test: setup.py

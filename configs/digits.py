@@ -2,7 +2,7 @@
 
     jax-diffusion train --config=digits --workdir=runs/demo
 
-No download. On two CPU cores: about two minutes.
+No download. On two CPU cores: about three minutes.
 """
 
 from jax_diffusion import config
